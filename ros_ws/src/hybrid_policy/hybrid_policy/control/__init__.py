@@ -1,0 +1,1 @@
+"""What a controller knows about time, chunks and limits. No torch, no ROS."""

@@ -1,0 +1,1 @@
+"""pi0.5 as plain PyTorch; checkpoints; processors. Importing this package imports no torch."""

@@ -1,0 +1,1 @@
+"""Nodes; the only place that imports rclpy."""

@@ -1,0 +1,1 @@
+"""A model becomes an engine: recipes, CUDA graphs, timing."""

@@ -1,0 +1,1 @@
+"""A simulated robot in MuJoCo, its tasks and its scripted expert. No ROS."""
