@@ -21,8 +21,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("hybrid_policy.models.verify_command", "run a checkpoint's golden cases and compare"),
     "quantize": ("hybrid_policy.runtime.quantize_command", "write a mixed-precision checkpoint by a recipe"),
     "tune": ("hybrid_policy.runtime.tune_command", "measure this device and write its fastest recipe"),
-    "doctor": ("hybrid_policy.kernels.doctor_command", "say which route each precision takes on this machine"),
-    "evaluate": ("hybrid_policy.evaluation.evaluate_command", "success of a policy in the simulator, by recipe"),
+    "doctor": (
+        "hybrid_policy.kernels.doctor_command",
+        "say which route each precision takes on this machine",
+    ),
+    "evaluate": (
+        "hybrid_policy.evaluation.evaluate_command",
+        "success of a policy in the simulator, by recipe",
+    ),
     "record": ("hybrid_policy.ros.record_command", "record a bag of a robot file's topics"),
     "replay": ("hybrid_policy.evaluation.replay_command", "replay bags through recipes and write a report"),
     "convert": ("hybrid_policy.evaluation.convert_command", "turn a LeRobot episode into a bag"),

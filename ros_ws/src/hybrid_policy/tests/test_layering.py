@@ -7,13 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import hybrid_policy
+import pytest
 
 PACKAGE = Path(hybrid_policy.__file__).parent
 LEVELS = {"kernels": 0, "models": 1, "control": 2, "runtime": 2, "sim": 2, "evaluation": 3, "ros": 4}
-ROS_MODULES = {"rclpy", "sensor_msgs", "trajectory_msgs", "std_msgs", "std_srvs", "diagnostic_msgs", "geometry_msgs"}
+ROS_MODULES = {
+    "rclpy",
+    "sensor_msgs",
+    "trajectory_msgs",
+    "std_msgs",
+    "std_srvs",
+    "diagnostic_msgs",
+    "geometry_msgs",
+}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -33,9 +40,9 @@ def violations(room: str, names: set[str]) -> set[str]:
     bad = set()
     for name in names:
         parts = name.split(".")
-        if parts[0] == "hybrid_policy" and len(parts) > 1 and parts[1] in LEVELS and parts[1] != room:
-            if LEVELS[parts[1]] >= LEVELS[room]:
-                bad.add(name)
+        other = parts[1] if parts[0] == "hybrid_policy" and len(parts) > 1 else room
+        if other != room and LEVELS.get(other, -1) >= LEVELS[room]:
+            bad.add(name)
         if parts[0] in ROS_MODULES and room != "ros":
             bad.add(name)
         if parts[0] == "torch" and room in {"control", "sim"}:

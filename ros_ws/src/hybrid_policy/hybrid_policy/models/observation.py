@@ -84,11 +84,19 @@ class Policy(Protocol):
     """What the controller asks of an engine. ``runtime.Engine`` is the one that ships."""
 
     @property
-    def spec(self) -> PolicySpec: ...
+    def spec(self) -> PolicySpec:
+        """What the policy needs and gives."""
+        ...
 
     def infer(
         self,
         observation: Observation,
         noise: NDArray[np.float32] | None = None,
         previous: Continuation | None = None,
-    ) -> ActionChunk: ...
+    ) -> ActionChunk:
+        """One chunk for one observation.
+
+        noise: float32 [horizon, max_action_dim], the flow's start; drawn anew if None.
+        previous: what real-time chunking continues; None starts freely.
+        """
+        ...
