@@ -1,0 +1,251 @@
+"""Linear layers by precision: one table from a precision's name to what computes it.
+
+``prepare(weight, precision)`` packs a weight once, at load; the result is called in the forward pass::
+
+    y = x @ W.T (+ bias)
+    out = y | residual + y | residual + gate * y        (in float32, rounded once, to ``out``'s dtype)
+
+The implementation is chosen here, once, by where the weight lies: a kernel on a GPU, the plain PyTorch reference
+on a CPU (or by name). It never changes later: a shape or a device that a kernel cannot take is an error.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from hybrid_policy.errors import InputError
+from hybrid_policy.kernels import fp8, nvfp4
+
+Precision = Literal["bf16", "fp8_w8a8", "nvfp4_w4a16", "nvfp4_w4a4"]
+PRECISIONS: tuple[Precision, ...] = ("bf16", "fp8_w8a8", "nvfp4_w4a16", "nvfp4_w4a4")
+Implementation = Literal["auto", "kernel", "reference"]
+#: A weight still to be quantised, or one that a checkpoint brought quantised.
+Weight = torch.Tensor | nvfp4.NVFP4Tensor | fp8.FP8Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class PackedLinear(torch.nn.Module, ABC):
+    """A weight [N, K] in its final form. Subclasses hold buffers only; nothing is allocated in a call with ``out``.
+
+    Attributes:
+        out_features, in_features: N, K.
+        precision: the table's name.
+        route: one line that names what computes it, for logs and ``hybrid-policy doctor``.
+    """
+
+    precision: Precision
+    route: str
+
+    def __init__(self, out_features: int, in_features: int, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+        if bias is not None and tuple(bias.shape) != (out_features,):
+            raise InputError.at("linear", "bias.shape", tuple(bias.shape), f"({out_features},)")
+        self.bias: torch.Tensor | None
+        self.register_buffer("bias", None if bias is None else bias.detach().float(), persistent=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        out: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
+        pdl: bool = False,
+    ) -> torch.Tensor:
+        """``x`` [M, K] bf16 (contiguous) -> [M, N].
+
+        Args:
+            x: activations; leading dimensions other than M are the caller's to flatten.
+            out: written and returned if given (bf16 or fp32, [M, N], contiguous; may be ``residual`` itself);
+                else a new bf16 tensor.
+            residual: [M, N] bf16 or fp32, added in fp32.
+            gate: [N] fp32 or bf16 (adaRMS's gate row), multiplies y before the residual is added; needs ``residual``.
+            pdl: launch as a stage of a programmatic-dependent-launch chain: weights are fetched before the wait
+                for the preceding kernel, and dependents may start early. On a route of a library's (cuBLAS) and
+                on the reference it changes nothing.
+
+        Raises:
+            InputError: a shape, dtype or layout that differs from the above.
+        """
+        self.check(x, out, residual, gate)
+        if out is None:
+            out = torch.empty((x.shape[0], self.out_features), dtype=torch.bfloat16, device=x.device)
+        self.compute(x, out, residual, gate, pdl)
+        return out
+
+    @abstractmethod
+    def compute(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        residual: torch.Tensor | None,
+        gate: torch.Tensor | None,
+        pdl: bool,
+    ) -> None:
+        """Fill ``out``; the arguments have been checked."""
+
+    @abstractmethod
+    def effective_weight(self) -> torch.Tensor:
+        """The float32 [N, K] that the packed weight stands for."""
+
+    def weight_bytes(self) -> int:
+        """Bytes of all packed buffers but the bias."""
+        return sum(b.nbytes for name, b in self.named_buffers() if name != "bias" and b is not None)
+
+    def check(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        gate: torch.Tensor | None,
+    ) -> None:
+        """Raise InputError unless a call's arguments fit."""
+        if x.ndim != 2 or x.shape[1] != self.in_features or not x.is_contiguous():
+            raise InputError.at("linear", "x", describe(x), f"contiguous [M, {self.in_features}]")
+        if x.dtype != torch.bfloat16:
+            raise InputError.at("linear", "x.dtype", x.dtype, "bfloat16")
+        if gate is not None and residual is None:
+            raise InputError.at("linear", "residual", None, "a residual with the gate")
+        shape = (x.shape[0], self.out_features)
+        for name, tensor in (("out", out), ("residual", residual)):
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != shape or not tensor.is_contiguous():
+                raise InputError.at("linear", name, describe(tensor), f"contiguous {shape}")
+            if tensor.dtype not in (torch.bfloat16, torch.float32):
+                raise InputError.at("linear", f"{name}.dtype", tensor.dtype, "bfloat16 or float32")
+        if gate is not None and (tuple(gate.shape) != (self.out_features,) or not gate.is_contiguous()):
+            raise InputError.at("linear", "gate", describe(gate), f"contiguous ({self.out_features},)")
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """Shape, dtype and strides of a tensor that does not fit, for an error."""
+    return f"{tuple(tensor.shape)} {tensor.dtype} strides {tensor.stride()}"
+
+
+def epilogue(
+    y: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gate: torch.Tensor | None,
+) -> None:
+    """The reference of every kernel's epilogue, on a float32 ``y`` [M, N]."""
+    if bias is not None:
+        y = y + bias.float()
+    if gate is not None:
+        y = y * gate.float()
+    if residual is not None:
+        y = y + residual.float()
+    out.copy_(y)
+
+
+class ReferenceLinear(PackedLinear):
+    """Any precision in plain PyTorch: the mathematics that the kernels are held against, and the CPU's route."""
+
+    def __init__(self, weight: Weight, precision: Precision, bias: torch.Tensor | None) -> None:
+        super().__init__(weight.shape[0], weight.shape[1], bias)
+        self.precision = precision
+        self.route = f"reference: PyTorch, {precision} arithmetic in float32"
+        #: Activations are quantised by token in groups of this many (None: not at all).
+        self.activation: Literal["none", "fp8", "nvfp4"] = {"fp8_w8a8": "fp8", "nvfp4_w4a4": "nvfp4"}.get(  # type: ignore[assignment]
+            precision, "none"
+        )
+        if isinstance(weight, nvfp4.NVFP4Tensor):
+            wide = nvfp4.dequantize(weight)
+        elif isinstance(weight, fp8.FP8Tensor):
+            wide = fp8.dequantize(weight)
+        else:
+            wide = weight.float()
+        self.register_buffer("weight", wide, persistent=False)
+
+    def compute(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        residual: torch.Tensor | None,
+        gate: torch.Tensor | None,
+        pdl: bool,
+    ) -> None:
+        """Float32 throughout; activations quantised first where the precision says so."""
+        wide = x.float()
+        if self.activation == "fp8":
+            wide = fp8.dequantize_activation(*fp8.quantize_activation(x, ACTIVATION_GROUP), ACTIVATION_GROUP)
+        elif self.activation == "nvfp4":
+            wide = nvfp4.dequantize(nvfp4.quantize(x.float(), rule="max"))
+        epilogue(wide @ self.effective_weight().T, out, self.bias, residual, gate)
+
+    def effective_weight(self) -> torch.Tensor:
+        """Held as it is."""
+        return self.get_buffer("weight")
+
+
+#: FP8 activations have one scale a token and this many k (the small-M kernel quantises as it loads).
+ACTIVATION_GROUP = 128
+
+
+def quantized(weight: Weight, precision: Precision, importance: torch.Tensor | None = None) -> Weight:
+    """``weight`` in the format that ``precision`` wants; one that has it already is returned as it is.
+
+    Raises:
+        InputError: the weight is quantised in another format.
+    """
+    wanted = {"bf16": torch.Tensor, "fp8_w8a8": fp8.FP8Tensor}.get(precision, nvfp4.NVFP4Tensor)
+    if isinstance(weight, wanted):
+        return weight.to(torch.bfloat16) if isinstance(weight, torch.Tensor) else weight
+    if not isinstance(weight, torch.Tensor):
+        raise InputError.at(
+            "linear.prepare", "weight", type(weight).__name__, f"a tensor or a {wanted.__name__}"
+        )
+    if precision == "fp8_w8a8":
+        return fp8.quantize(weight)
+    return nvfp4.quantize(weight, importance=importance)
+
+
+Builder = Callable[[Weight, torch.Tensor | None], PackedLinear]
+
+
+def kernel_table() -> dict[Precision, Builder]:
+    """precision -> the builder of its GPU implementation. A new precision is a line here and a file."""
+    return {}
+
+
+def prepare(
+    weight: Weight,
+    precision: Precision,
+    *,
+    bias: torch.Tensor | None = None,
+    implementation: Implementation = "auto",
+    importance: torch.Tensor | None = None,
+) -> PackedLinear:
+    """Pack a weight [N, K] for ``precision``; done once, at load.
+
+    Args:
+        weight: floating point (quantised here) or quantised already, on the device it will run on.
+        precision: one of PRECISIONS.
+        bias: [N], kept in float32.
+        implementation: "auto" takes the kernel on a GPU and the reference on a CPU; "kernel" and "reference" insist
+            ("kernel" on a CPU runs under TRITON_INTERPRET=1 only).
+        importance: see :func:`hybrid_policy.kernels.nvfp4.quantize`.
+
+    Raises:
+        InputError: unknown precision, a weight that does not fit, or a device that cannot run the precision
+            (the message names the alternative).
+    """
+    if precision not in PRECISIONS:
+        raise InputError.at("linear.prepare", "precision", precision, f"one of {', '.join(PRECISIONS)}")
+    weight = quantized(weight, precision, importance)
+    device = weight.device if isinstance(weight, torch.Tensor) else next(iter(vars(weight).values())).device
+    if implementation == "auto":
+        implementation = "kernel" if device.type == "cuda" else "reference"
+        logger.debug("%s %s on %s: %s", precision, tuple(weight.shape), device, implementation)
+    if implementation == "reference":
+        return ReferenceLinear(weight, precision, bias)
+    return kernel_table()[precision](weight, bias)
