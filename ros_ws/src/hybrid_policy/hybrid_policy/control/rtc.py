@@ -1,0 +1,72 @@
+"""Real-time chunking, the part outside the model: delay, consumed steps, the weights' definition.
+
+Black, Galliker, Levine: Real-Time Execution of Action Chunking Flow Policies (arXiv 2506.07339). The
+guidance itself runs inside the engine, with delay, consumed count and previous chunk as its inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid_policy.models.observation import ActionChunk, Continuation
+
+
+class DelayEstimator:
+    """The delay that the next inference must expect: the largest of the recent ones.
+
+    A delay runs from the observation's stamp to the moment its chunk takes over, both by the clock of
+    the stamps, so it holds at any frame rate and in a replay. Cold starts are not to be pushed.
+
+    window: how many recent delays count.
+    """
+
+    def __init__(self, window: int) -> None:
+        self._recent: deque[int] = deque(maxlen=window)
+
+    def push(self, delay: int) -> None:
+        """Add one measured delay (nanoseconds, at least 0)."""
+        self._recent.append(max(0, delay))
+
+    def clear(self) -> None:
+        """Forget the delays (after a clock jump)."""
+        self._recent.clear()
+
+    def steps(self, period: int) -> int | None:
+        """The delay in steps of ``period`` nanoseconds, rounded up; None before the first."""
+        return math.ceil(max(self._recent) / period) if self._recent else None
+
+
+def continuation(previous: ActionChunk, stamp: int, period: int, delay: int) -> Continuation | None:
+    """What the engine needs to continue ``previous`` from an observation of time ``stamp``.
+
+    s, the consumed steps, are those between the two observations; d is clamped so that
+    ``d <= s <= horizon - d`` holds. None: the previous chunk has nothing left, or is not older.
+    """
+    horizon = len(previous.normalised)
+    consumed = round((stamp - previous.stamp) / period)
+    if consumed < 1 or consumed >= horizon:
+        return None
+    return Continuation(previous.normalised, consumed, max(0, min(delay, consumed, horizon - consumed)))
+
+
+def weights(horizon: int, consumed: int, delay: int, schedule: str = "exp") -> NDArray[np.float64]:
+    """float64 [horizon]: how strongly each step is held to the previous chunk (equation 5 of the paper).
+
+    1 for the first ``delay`` steps, 0 for the last ``consumed``; between, with
+    ``c = (e - i) / (e - d + 1)`` and ``e = horizon - consumed``: ``c * expm1(c) / (e - 1)`` ("exp", with
+    Euler's e) or ``c`` ("linear").
+
+    Raises:
+        ValueError: another schedule, or not ``0 <= delay <= horizon - consumed``.
+    """
+    end = horizon - consumed
+    if schedule not in ("exp", "linear") or not 0 <= delay <= end <= horizon:
+        raise ValueError(f"schedule {schedule}, delay {delay}, consumed {consumed}, horizon {horizon}")
+    steps = np.arange(horizon)
+    c = np.clip((end - steps) / (end - delay + 1), 0.0, 1.0)
+    fade = c * np.expm1(c) / (math.e - 1.0) if schedule == "exp" else c
+    return np.where(steps < delay, 1.0, np.where(steps < end, fade, 0.0))
