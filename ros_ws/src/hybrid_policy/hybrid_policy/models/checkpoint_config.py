@@ -1,0 +1,306 @@
+"""What a checkpoint directory says of itself: ``config.json``, ``dims.json`` and its tensors' shapes.
+
+``config.json`` is LeRobot's or openpi's. Neither says every dimension (LeRobot names ``gemma_2b``,
+openpi not even whether it is pi0 or pi0.5), so ``dims.json`` beside it may; docs/checkpoints.md lists
+its keys. What is said nowhere follows from the tensors' shapes, except the split of a projection into
+heads, which no shape tells.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hybrid_policy.errors import InputError
+from hybrid_policy.models.config import (
+    GEMMA_VARIANTS,
+    OPENPI_CAMERAS,
+    PI0_FULL,
+    PI05_FULL,
+    GemmaConfig,
+    Pi05Config,
+    VisionConfig,
+)
+from hybrid_policy.models.pi05 import EXPERT, PREFIX, VISION
+from hybrid_policy.models.tensor_files import read_json
+
+LEROBOT_IMAGES = "observation.images."
+HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
+UNUSED_HEAD = "paligemma_with_expert.gemma_expert.lm_head.weight"
+EMBEDDING = PREFIX + "embed_tokens.weight"
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class KnownAssets:
+    """What openpi's own code knows of a published checkpoint and its files do not say.
+
+    relative: which action dimensions are relative to the state (openpi's ``AbsoluteActions``).
+    Source: openpi ``training/config.py`` and ``policies/*_policy.py``.
+    """
+
+    state_dim: int
+    action_dim: int
+    horizon: int
+    relative: tuple[bool, ...] = ()
+    state_in_prompt: bool = True
+
+
+_SIX_AND_GRIPPER = (True,) * 6 + (False,)
+
+#: openpi's asset ids (``assets/<id>/norm_stats.json``) of the published pi0.5 checkpoints
+OPENPI_ASSETS = {
+    "trossen": KnownAssets(14, 14, 50, _SIX_AND_GRIPPER * 2),
+    "droid": KnownAssets(8, 8, 15),
+    "physical-intelligence/libero": KnownAssets(8, 7, 10, state_in_prompt=False),
+}
+
+
+@dataclass(frozen=True)
+class Description:
+    """A checkpoint's form and dimensions, and the raw files that its processors read further."""
+
+    form: Literal["lerobot", "openpi"]
+    config: Pi05Config
+    raw: dict[str, Any]
+    dims: dict[str, Any]
+    asset_id: str | None = None
+
+
+class _Table:
+    """A JSON object whose values are taken with their type checked; errors name file and key."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self.path, self.values = path, values
+
+    def integer(self, key: str, default: int) -> int:
+        value = self.values.get(key, default)
+        if type(value) is not int or value < 1:
+            raise InputError.at(self.path, key, value, "a whole number, at least 1")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError.at(self.path, key, value, "a number")
+        return float(value)
+
+    def table(self, key: str) -> _Table:
+        value = self.values.get(key) or {}
+        if not isinstance(value, dict):
+            raise InputError.at(self.path, key, value, "an object")
+        return _Table(self.path, value)
+
+
+def canonical(name: str) -> str:
+    """A tensor's name without LeRobot's ``model.``: openpi's, which is also ours."""
+    return name.removeprefix("model.")
+
+
+def describe(directory: Path, shapes: Shapes) -> Description:
+    """Read a directory's form and dimensions.
+
+    Args:
+        directory: of the checkpoint.
+        shapes: of its tensors, by canonical name.
+
+    Raises:
+        InputError: a file that cannot be understood, naming file, key and what was expected.
+    """
+    config_path, dims_path = directory / "config.json", directory / "dims.json"
+    raw = read_json(config_path) if config_path.exists() else {}
+    dims = read_json(dims_path) if dims_path.exists() else {}
+    assets = sorted((directory / "assets").rglob("norm_stats.json"))
+    if "type" in raw or "input_features" in raw:
+        return Description("lerobot", _lerobot(config_path, raw, dims_path, dims, shapes), raw, dims)
+    asset_id = str(dims.get("asset_id") or "") or None
+    if asset_id is None and len(assets) == 1:
+        asset_id = assets[0].parent.relative_to(directory / "assets").as_posix()
+    if asset_id is None and len(assets) > 1:
+        ids = ", ".join(a.parent.relative_to(directory / "assets").as_posix() for a in assets)
+        raise InputError(f"{directory}/assets: several statistics ({ids}); name one as asset_id in dims.json")
+    if not raw and not dims and asset_id is None:
+        raise InputError(
+            f"{directory}: no config.json, dims.json or assets/<id>/norm_stats.json: not a checkpoint"
+        )
+    return Description(
+        "openpi", _openpi(config_path, raw, dims_path, dims, shapes, asset_id), raw, dims, asset_id
+    )
+
+
+def _kind(shapes: Shapes) -> Literal["pi05", "pi0"]:
+    return "pi0" if "action_time_mlp_in.weight" in shapes else "pi05"
+
+
+def _layers(shapes: Shapes, prefix: str) -> int:
+    found = (re.match(re.escape(prefix) + r"layers\.(\d+)\.", name) for name in shapes)
+    return 1 + max((int(m.group(1)) for m in found if m), default=-1)
+
+
+def _size(shapes: Shapes, name: str, axis: int, default: int) -> int:
+    shape = shapes.get(name, ())
+    return shape[axis] if len(shape) > axis and shape[axis] > 0 else default
+
+
+def _gemma(path: Path, name: Any, dims: _Table, shapes: Shapes, prefix: str) -> GemmaConfig:
+    """Sizes of one transformer: dims.json, else shapes; heads: dims.json, else the named variant."""
+    variant = GEMMA_VARIANTS.get(str(name).removesuffix("_lora"))
+    if variant is None:
+        raise InputError.at(path, "variant", name, f"one of {', '.join(GEMMA_VARIANTS)}")
+    first = prefix + "layers.0."
+    head_dim = dims.integer("head_dim", variant.head_dim)
+    heads = dims.integer("num_heads", variant.heads)
+    kv_heads = dims.integer("num_kv_heads", variant.kv_heads)
+    return GemmaConfig(
+        width=dims.integer("width", _size(shapes, first + "self_attn.q_proj.weight", 1, variant.width)),
+        depth=dims.integer("depth", _layers(shapes, prefix) or variant.depth),
+        mlp_dim=dims.integer("mlp_dim", _size(shapes, first + "mlp.up_proj.weight", 0, variant.mlp_dim)),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+    )
+
+
+def _vision(dims: _Table, shapes: Shapes) -> VisionConfig:
+    default = VisionConfig()
+    first = VISION + "encoder.layers.0."
+    patch = VISION + "embeddings.patch_embedding.weight"
+    return VisionConfig(
+        width=dims.integer("hidden_size", _size(shapes, patch, 0, default.width)),
+        depth=dims.integer("num_hidden_layers", _layers(shapes, VISION + "encoder.") or default.depth),
+        mlp_dim=dims.integer(
+            "intermediate_size", _size(shapes, first + "mlp.fc1.weight", 0, default.mlp_dim)
+        ),
+        heads=dims.integer("num_attention_heads", default.heads),
+        patch=dims.integer("patch_size", _size(shapes, patch, 2, default.patch)),
+    )
+
+
+def _cameras(path: Path, dims: dict[str, Any], known: tuple[str, ...]) -> tuple[str, ...]:
+    """Camera names: dims.json's list, else those known; dims.json's count must agree with them."""
+    given = dims.get("cameras", dims.get("camera_names"))
+    if isinstance(given, list) and given and all(isinstance(c, str) and c for c in given):
+        return tuple(given)
+    if given is None or given == len(known):
+        return known
+    if type(given) is int and not known and given > 0:
+        return tuple(f"cam{i}" for i in range(given))
+    raise InputError.at(
+        path, "cameras", given, f"their names, or their number ({len(known)}: {', '.join(known)})"
+    )
+
+
+def _feature_dim(path: Path, features: Any, key: str, default: int) -> int:
+    if not isinstance(features, dict):
+        raise InputError.at(path, "input_features/output_features", features, "an object")
+    feature = features.get(key)
+    if feature is None:
+        return default
+    shape = feature.get("shape") if isinstance(feature, dict) else None
+    if not (isinstance(shape, list) and len(shape) == 1 and type(shape[0]) is int and shape[0] > 0):
+        raise InputError.at(path, key, feature, "a feature with a one-dimensional shape")
+    return shape[0]
+
+
+def _common(
+    kind: Literal["pi05", "pi0"],
+    config_path: Path,
+    raw: dict[str, Any],
+    dims_path: Path,
+    dims: dict[str, Any],
+    shapes: Shapes,
+) -> dict[str, Any]:
+    """The fields that both forms of checkpoint give in the same way."""
+    table = _Table(dims_path, dims)
+    prefix_name = raw.get("paligemma_variant", "gemma_2b")
+    expert_name = raw.get("action_expert_variant", "gemma_300m")
+    vlm = table.table("vlm" if "vlm" in dims else "prefix")
+    return {
+        "kind": kind,
+        "vision": _vision(table.table("vision"), shapes),
+        "prefix": _gemma(config_path, prefix_name, vlm, shapes, PREFIX),
+        "expert": _gemma(config_path, expert_name, table.table("expert"), shapes, EXPERT),
+        "vocab_size": table.integer("vocab", _size(shapes, EMBEDDING, 0, _size(shapes, HEAD, 0, 257152))),
+        "min_period": _Table(config_path, raw).number("min_period", 4e-3),
+        "max_period": _Table(config_path, raw).number("max_period", 4.0),
+    }
+
+
+def _lerobot(
+    config_path: Path, raw: dict[str, Any], dims_path: Path, dims: dict[str, Any], shapes: Shapes
+) -> Pi05Config:
+    kind = raw.get("type")
+    if kind not in ("pi05", "pi0"):
+        raise InputError.at(config_path, "type", kind, "pi05 or pi0 (other policies are not supported)")
+    for key in ("use_visual_memory", "use_proprioceptive_memory"):
+        if raw.get(key):
+            raise InputError.at(config_path, key, raw[key], "false: memory (MEM) policies are not supported")
+    config, said = _Table(config_path, raw), _Table(dims_path, dims)
+    resolution = raw.get("image_resolution", [224, 224])
+    if not (isinstance(resolution, list) and len(resolution) == 2 and resolution[0] == resolution[1]):
+        raise InputError.at(config_path, "image_resolution", resolution, "two equal numbers of pixels")
+    image_size = _Table(config_path, {"image_resolution": resolution[0]}).integer("image_resolution", 224)
+    inputs, outputs = raw.get("input_features") or {}, raw.get("output_features") or {}
+    max_state_dim = config.integer("max_state_dim", 32)
+    max_action_dim = config.integer("max_action_dim", 32)
+    state_dim = _feature_dim(config_path, inputs, "observation.state", max_state_dim)
+    action_dim = _feature_dim(config_path, outputs, "action", max_action_dim)
+    visual = [k for k, f in inputs.items() if isinstance(f, dict) and f.get("type") == "VISUAL"]
+    names = [k.removeprefix(LEROBOT_IMAGES).removeprefix("observation.") for k in visual]
+    # LeRobot fills these with masked images, which nothing attends to: leaving them out is the same
+    cameras = tuple(name for name in names if not re.fullmatch(r"empty_camera_\d+", name))
+    return Pi05Config(
+        **_common(kind, config_path, raw, dims_path, dims, shapes),
+        image_size=said.integer("image", image_size),
+        cameras=_cameras(dims_path, dims, cameras),
+        max_action_dim=said.integer("max_action_dim", max_action_dim),
+        action_dim=said.integer("action_dof", action_dim),
+        max_state_dim=max_state_dim,
+        state_dim=said.integer("state_dim", state_dim),
+        horizon=said.integer("horizon", config.integer("chunk_size", 50)),
+        max_token_len=said.integer(
+            "max_token_len", config.integer("tokenizer_max_length", 200 if kind == "pi05" else 48)
+        ),
+        num_steps=said.integer("steps", config.integer("num_inference_steps", 10)),
+        state_in_prompt=kind == "pi05",
+    )
+
+
+def _openpi(
+    config_path: Path,
+    raw: dict[str, Any],
+    dims_path: Path,
+    dims: dict[str, Any],
+    shapes: Shapes,
+    asset_id: str | None,
+) -> Pi05Config:
+    kind = _kind(shapes)
+    full = PI05_FULL if kind == "pi05" else PI0_FULL
+    config, said = _Table(config_path, raw), _Table(dims_path, dims)
+    known = OPENPI_ASSETS.get(asset_id or "")
+    max_dim = config.integer("action_dim", _size(shapes, "action_in_proj.weight", 1, full.max_action_dim))
+    horizon = dims.get("horizon", raw.get("action_horizon", known.horizon if known else None))
+    if horizon is None:
+        raise InputError(
+            f"{config_path}: action_horizon is not said; give it there or as horizon in {dims_path.name} "
+            "(50 for openpi's base and ALOHA, 15 for pi05_droid, 10 for pi05_libero)"
+        )
+    in_prompt = dims.get("state_in_prompt", (known.state_in_prompt if known else True) and kind == "pi05")
+    if not isinstance(in_prompt, bool):
+        raise InputError.at(dims_path, "state_in_prompt", in_prompt, "true or false")
+    return Pi05Config(
+        **_common(kind, config_path, raw, dims_path, dims, shapes),
+        image_size=said.integer("image", 224),
+        cameras=_cameras(dims_path, dims, () if type(dims.get("cameras")) is int else OPENPI_CAMERAS),
+        max_action_dim=max_dim,
+        action_dim=said.integer("action_dof", known.action_dim if known else max_dim),
+        max_state_dim=max_dim,
+        state_dim=said.integer("state_dim", known.state_dim if known else max_dim),
+        horizon=_Table(dims_path, {"horizon": horizon}).integer("horizon", 50),
+        max_token_len=said.integer("max_token_len", config.integer("max_token_len", full.max_token_len)),
+        num_steps=said.integer("steps", 10),
+        state_in_prompt=in_prompt,
+    )

@@ -1,0 +1,231 @@
+"""Read the processors that a checkpoint prescribes: openpi's statistics or LeRobot's pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybrid_policy.errors import InputError
+from hybrid_policy.models.checkpoint_config import OPENPI_ASSETS, Description
+from hybrid_policy.models.normalization import Floats, Mode, Normalization
+from hybrid_policy.models.processors import Processors, PromptStyle
+from hybrid_policy.models.tensor_files import TensorFile, read_json
+from hybrid_policy.models.tokenizer import absent, find_tokenizer, load_tokenizer
+
+_MODES: dict[str, Mode] = {
+    "QUANTILES": "quantiles",
+    "QUANTILE10": "quantile10",
+    "MEAN_STD": "mean_std",
+    "MIN_MAX": "min_max",
+    "IDENTITY": "identity",
+}
+
+#: LeRobot's steps that change nothing here: batching, devices, names (a robot file gives the model's)
+_NEUTRAL = {"rename_observations_processor", "to_batch_processor", "device_processor"}
+_KNOWN = _NEUTRAL | {
+    "relative_actions_processor",
+    "absolute_actions_processor",
+    "normalizer_processor",
+    "unnormalizer_processor",
+    "tokenizer_processor",
+    "pi05_prepare_state_tokenizer_processor_step",
+    "pi0_new_line_processor",
+}
+
+
+def read_processors(
+    directory: Path, description: Description, tokenizer: str | Path | None = None
+) -> Processors:
+    """The processors of a checkpoint directory; what it lacks is listed in ``missing``, not raised.
+
+    Raises:
+        InputError: a file that is there and cannot be understood.
+    """
+    found = load_tokenizer(tokenizer) if tokenizer is not None else find_tokenizer(directory)
+    read = _lerobot if description.form == "lerobot" else _openpi
+    processors = read(directory, description)
+    processors.tokenizer = found
+    if found is None:
+        processors.missing.append(absent(directory))
+    return processors
+
+
+def _openpi(directory: Path, description: Description) -> Processors:
+    config, asset_id = description.config, description.asset_id
+    style: PromptStyle = "state" if config.state_in_prompt else "openpi_plain"
+    known = OPENPI_ASSETS.get(asset_id or "")
+    relative = _relative(directory / "dims.json", description.dims, known.relative if known else ())
+    path = directory / "assets" / (asset_id or "<id>") / "norm_stats.json"
+    if ".." in Path(asset_id or "").parts or Path(asset_id or "").is_absolute():
+        raise InputError.at(directory / "dims.json", "asset_id", asset_id, "a folder below assets/")
+    if not path.exists():
+        return Processors(
+            config, None, None, style, None, relative, [f"{path}: no statistics (openpi's norm_stats.json)"]
+        )
+    stats = read_json(path).get("norm_stats")
+    mode: Mode = "quantiles" if config.kind == "pi05" else "mean_std"  # openpi: use_quantile_norm
+
+    def part(key: str, dimensions: int) -> Normalization:
+        table = stats.get(key) if isinstance(stats, dict) else None
+        if not isinstance(table, dict):
+            raise InputError.at(path, f"norm_stats.{key}", table, "an object with mean, std, q01 and q99")
+        values = {
+            name: _numbers(path, f"{key}.{name}", value) for name, value in table.items() if value is not None
+        }
+        return Normalization.of(mode, "openpi", values, dimensions, f"{path}: {key}")
+
+    return Processors(
+        config, part("state", config.state_dim), part("actions", config.action_dim), style, None, relative
+    )
+
+
+def _numbers(path: Path, key: str, value: Any) -> Floats:
+    try:
+        return np.asarray(value, dtype=np.float64).reshape(-1)
+    except (TypeError, ValueError) as error:
+        raise InputError.at(path, key, value, "a list of numbers") from error
+
+
+def _relative(path: Path, dims: dict[str, Any], default: tuple[bool, ...]) -> tuple[bool, ...]:
+    given = dims.get("relative_actions")
+    if given is None:
+        return default
+    if not isinstance(given, list) or not all(isinstance(v, bool) for v in given):
+        raise InputError.at(
+            path, "relative_actions", given, "a list of true and false, one an action dimension"
+        )
+    return tuple(given)
+
+
+def _steps(path: Path) -> list[tuple[str, dict[str, Any], str | None]]:
+    """(registry name, config, state file) of a LeRobot pipeline."""
+    steps = read_json(path).get("steps")
+    if not isinstance(steps, list):
+        raise InputError.at(path, "steps", steps, "a list of steps")
+    read = []
+    for i, step in enumerate(steps):
+        if not isinstance(step, dict) or not isinstance(step.get("config", {}), dict):
+            raise InputError.at(path, f"steps[{i}]", step, "an object with registry_name and config")
+        name, state_file = step.get("registry_name"), step.get("state_file")
+        if name not in _KNOWN:
+            raise InputError.at(path, f"steps[{i}].registry_name", name or step.get("class"), "a known step")
+        if state_file is not None and (
+            not isinstance(state_file, str) or Path(state_file).name != state_file
+        ):
+            raise InputError.at(
+                path, f"steps[{i}].state_file", state_file, "the name of a file in this directory"
+            )
+        read.append((str(name), step.get("config", {}), state_file))
+    return read
+
+
+def _lerobot(directory: Path, description: Description) -> Processors:
+    config = description.config
+    style: PromptStyle = "state" if config.kind == "pi05" else "lerobot_plain"
+    processors = Processors(config, None, None, style, None)
+    before, after = directory / "policy_preprocessor.json", directory / "policy_postprocessor.json"
+    for path in (before, after):
+        if not path.exists():
+            processors.missing.append(f"{path}: no such file (LeRobot saves it with a policy)")
+    if before.exists():
+        for name, step, state_file in _steps(before):
+            if name == "normalizer_processor":
+                processors.state = _part(
+                    before,
+                    step,
+                    state_file,
+                    "STATE",
+                    "observation.state",
+                    config.state_dim,
+                    processors.missing,
+                )
+            elif name == "pi05_prepare_state_tokenizer_processor_step":
+                processors.prompt_style = "state" if step.get("include_state_in_prompt", True) else "task"
+            elif name == "relative_actions_processor":
+                processors.relative = _relative_mask(before, step, config.action_dim)
+        _check_relative(before, description, processors)
+    if after.exists():
+        for name, step, state_file in _steps(after):
+            if name == "unnormalizer_processor":
+                processors.action = _part(
+                    after, step, state_file, "ACTION", "action", config.action_dim, processors.missing
+                )
+            elif name == "absolute_actions_processor" and not step.get("enabled", False):
+                processors.relative = ()
+    for path, there, what in (
+        (before, processors.state, "normalizer"),
+        (after, processors.action, "unnormalizer"),
+    ):
+        if path.exists() and there is None and not processors.missing:
+            processors.missing.append(f"{path}: has no {what}_processor step")
+    return processors
+
+
+def _check_relative(path: Path, description: Description, processors: Processors) -> None:
+    wanted = bool(description.raw.get("use_relative_actions", False))
+    if wanted != any(processors.relative):
+        raise InputError.at(
+            path,
+            "relative_actions_processor.enabled",
+            any(processors.relative),
+            f"{wanted}, as config.json says",
+        )
+
+
+def _part(
+    path: Path,
+    step: dict[str, Any],
+    state_file: str | None,
+    kind: str,
+    key: str,
+    dimensions: int,
+    missing: list[str],
+) -> Normalization | None:
+    """One vector's normalisation from a step, or None and a line in ``missing``."""
+    norm_map = step.get("norm_map", {})
+    name = norm_map.get(kind, "IDENTITY") if isinstance(norm_map, dict) else None
+    mode = _MODES.get(str(name))
+    if mode is None:
+        raise InputError.at(path, f"norm_map.{kind}", name, f"one of {', '.join(_MODES)}")
+    visual = norm_map.get("VISUAL", "IDENTITY")
+    if visual != "IDENTITY":
+        raise InputError.at(
+            path, "norm_map.VISUAL", visual, "IDENTITY: pi0.5's images are only mapped to -1...1"
+        )
+    eps = step.get("eps", 1e-8)
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or eps < 0:
+        raise InputError.at(path, "eps", eps, "a small positive number")
+    statistics: dict[str, Floats] = {}
+    if mode != "identity":
+        if state_file is None:
+            missing.append(
+                f"{path}: no statistics (no state_file) for {key}; train or convert with a data set's"
+            )
+            return None
+        file = TensorFile(path.parent / state_file)
+        for full in file.infos:
+            owner, _, statistic = full.rpartition(".")
+            if owner == key:
+                statistics[statistic] = file.read(full).double().numpy()
+        if not statistics:
+            missing.append(f"{file.path}: no statistics for {key}")
+            return None
+    return Normalization.of(
+        mode, "lerobot", statistics, dimensions, f"{path.parent / (state_file or '')}: {key}", eps
+    )
+
+
+def _relative_mask(path: Path, step: dict[str, Any], action_dim: int) -> tuple[bool, ...]:
+    """Which dimensions are relative: all but those whose name holds one of ``exclude_joints``."""
+    if not step.get("enabled", False):
+        return ()
+    names, excluded = step.get("action_names"), step.get("exclude_joints") or []
+    if not isinstance(excluded, list) or not (names is None or isinstance(names, list)):
+        raise InputError.at(path, "relative_actions_processor", step, "lists action_names and exclude_joints")
+    if names is None or not excluded:
+        return (True,) * action_dim
+    words = [str(word).lower() for word in excluded if word]
+    mask = [not any(word in str(name).lower() for word in words) for name in names[:action_dim]]
+    return tuple(mask + [True] * (action_dim - len(mask)))
