@@ -1,4 +1,4 @@
-"""Real-time chunking, the part outside the model: delay, consumed steps, the weights' definition.
+"""Real-time chunking, the part outside the model: the delay to expect and the steps consumed.
 
 Black, Galliker, Levine: Real-Time Execution of Action Chunking Flow Policies (arXiv 2506.07339). The
 guidance itself runs inside the engine, with delay, consumed count and previous chunk as its inputs.
@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-
-import numpy as np
-from numpy.typing import NDArray
 
 from hybrid_policy.models.observation import ActionChunk, Continuation
 
@@ -51,22 +48,3 @@ def continuation(previous: ActionChunk, stamp: int, period: int, delay: int) -> 
     if consumed < 1 or consumed >= horizon:
         return None
     return Continuation(previous.normalised, consumed, max(0, min(delay, consumed, horizon - consumed)))
-
-
-def weights(horizon: int, consumed: int, delay: int, schedule: str = "exp") -> NDArray[np.float64]:
-    """float64 [horizon]: how strongly each step is held to the previous chunk (equation 5 of the paper).
-
-    1 for the first ``delay`` steps, 0 for the last ``consumed``; between, with
-    ``c = (e - i) / (e - d + 1)`` and ``e = horizon - consumed``: ``c * expm1(c) / (e - 1)`` ("exp", with
-    Euler's e) or ``c`` ("linear").
-
-    Raises:
-        ValueError: another schedule, or not ``0 <= delay <= horizon - consumed``.
-    """
-    end = horizon - consumed
-    if schedule not in ("exp", "linear") or not 0 <= delay <= end <= horizon:
-        raise ValueError(f"schedule {schedule}, delay {delay}, consumed {consumed}, horizon {horizon}")
-    steps = np.arange(horizon)
-    c = np.clip((end - steps) / (end - delay + 1), 0.0, 1.0)
-    fade = c * np.expm1(c) / (math.e - 1.0) if schedule == "exp" else c
-    return np.where(steps < delay, 1.0, np.where(steps < end, fade, 0.0))
