@@ -7,8 +7,8 @@ gym-aloha's own actuators, whose gains and friction are left as they ship.
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ _MASS = 0.05
 # Explicit inertia of gym-aloha's cube: with the box's own (2e-5) the grasp chatters.
 _INERTIA = 0.002
 _BASE_EYE, _BASE_TARGET, _BASE_FOVY = (0.09, 0.13, 0.52), (0.09, 0.485, 0.03), 35.0
-_WRIST_EYE, _WRIST_TARGET, _WRIST_FOVY = (-0.03, 0.0, 0.085), (0.16, 0.0, 0.0), 70.0
+_WRIST_EYE, _WRIST_TARGET, _WRIST_FOVY = (0.03, 0.0, 0.105), (0.15, 0.0, 0.0), 65.0
 
 
 def asset_folder() -> Path:
@@ -123,8 +123,6 @@ class SimRobot:
     def __init__(self, scene: Scene, seed: int = 0, motor_noise: float = 0.0) -> None:
         self._mujoco = load_mujoco()
         self._renderers: dict[tuple[int, int], Any] = {}
-        # Also at exit, before the interpreter takes the OpenGL module apart.
-        weakref.finalize(self, _close_all, self._renderers)
         self._random = np.random.default_rng(seed)
         self.motor_noise = motor_noise
         self.model: Any = None
@@ -294,6 +292,9 @@ class SimRobot:
             renderer = self._mujoco.Renderer(self.model, height, width)
             renderer.scene.flags[self._mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             renderer.scene.flags[self._mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+            if not self._renderers:
+                # MuJoCo's own hook, which ends the display, is there by now: the last one runs first.
+                atexit.register(_close_all, self._renderers)
             self._renderers[height, width] = renderer
         renderer.update_scene(self.data, camera=camera)
         return renderer.render().copy()
