@@ -108,7 +108,7 @@ PARAMETERS = (
     Parameter(
         "tracking_tolerance",
         0.6,
-        "rad (m) between command and robot, for 0.5 s, after which the node holds where the robot is; 0: never.",
+        "rad (m) between command and robot, for 0.5 s, that make the node hold at the robot; 0: never.",
         0.0,
         10.0,
     ),
@@ -147,7 +147,7 @@ def check(name: str, value: object) -> Any:
     parameter = BY_NAME[name]
     problem = InputError.at("parameter", name, value, parameter.expected)
     if isinstance(parameter.default, list):
-        given = list(value) if hasattr(value, "__iter__") else None  # type: ignore[call-overload]
+        given = list(value) if hasattr(value, "__iter__") else None
         if given is None or not all(isinstance(v, int) for v in given):
             raise problem
         return given
@@ -155,9 +155,9 @@ def check(name: str, value: object) -> Any:
         raise problem
     if parameter.choices and value not in parameter.choices:
         raise problem
-    if parameter.low is not None and parameter.high is not None:
-        if not parameter.low <= value <= parameter.high:  # type: ignore[operator]
-            raise problem
+    low, high = parameter.low, parameter.high
+    if low is not None and high is not None and not low <= value <= high:  # type: ignore[operator]
+        raise problem
     return value
 
 
@@ -192,7 +192,7 @@ def _yaml(value: Value) -> str:
 def parameter_file() -> str:
     """The text of ``config/policy_node.yaml``: the defaults, as a ROS 2 parameter file."""
     lines = [
-        "# Parameters of policy_node with their defaults; written by `python -m hybrid_policy.ros.parameters`.",
+        "# Parameters of policy_node and their defaults; `python -m hybrid_policy.ros.parameters` writes them.",
         "# Copy it, keep the lines that you change, and pass it as params_file.",
         "/**:",
         "  ros__parameters:",
