@@ -88,7 +88,8 @@ def nodes(values: Mapping[str, str]) -> list[NodeDescription]:
         InputError: a file of ours that a value names does not exist.
     """
     use_sim_time = values["use_sim_time"].lower() == "true"
-    common = {"namespace": values["namespace"], "log_level": values["log_level"], "environment": environment()}
+    common = {name: values[name] for name in ("namespace", "log_level")}
+    variables = environment()
     described = []
     if values["sim"].lower() == "true":
         described.append(
@@ -96,7 +97,8 @@ def nodes(values: Mapping[str, str]) -> list[NodeDescription]:
                 executable="sim_robot_node",
                 name="sim_robot",
                 parameters={"robot": values["robot"], "publish_clock": use_sim_time},
-                **common,  # type: ignore[arg-type]
+                environment=variables,
+                **common,
             )
         )
     described.append(

@@ -52,7 +52,7 @@ class NodeProcess:
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**environment, **node.environment, "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,  # a Ctrl-C in the terminal reaches us alone; we interrupt the nodes in order
+            start_new_session=True,  # Ctrl-C reaches us alone; we stop the nodes in order
         )
         return cls(node.name, process, log, output)
 
@@ -87,4 +87,4 @@ def check_running(nodes: Sequence[NodeProcess]) -> None:
     for node in nodes:
         if not node.running():
             code = node.process.returncode
-            raise InputError(f"{node.name} ended with exit code {code}; its log {node.log} ends:\n{node.tail()}")
+            raise InputError(f"{node.name} ended with exit code {code}; {node.log} ends:\n{node.tail()}")
