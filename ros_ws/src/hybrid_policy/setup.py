@@ -15,6 +15,7 @@ setup(
         (f"share/{package_name}/config", glob("config/*.yaml") + glob("config/*.xml")),
         (f"share/{package_name}/config/robots", glob("config/robots/*.yaml")),
         (f"share/{package_name}/config/recipes", glob("config/recipes/*.yaml")),
+        (f"share/{package_name}/checkpoints/sim_pi05", glob("checkpoints/sim_pi05/*")),
     ],
     install_requires=[
         "setuptools",

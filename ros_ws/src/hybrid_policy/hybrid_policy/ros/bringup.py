@@ -88,8 +88,7 @@ def nodes(values: Mapping[str, str]) -> list[NodeDescription]:
         InputError: a file of ours that a value names does not exist.
     """
     use_sim_time = values["use_sim_time"].lower() == "true"
-    common = {name: values[name] for name in ("namespace", "log_level")}
-    variables = environment()
+    namespace, log_level, variables = values["namespace"], values["log_level"], environment()
     described = []
     if values["sim"].lower() == "true":
         described.append(
@@ -97,8 +96,9 @@ def nodes(values: Mapping[str, str]) -> list[NodeDescription]:
                 executable="sim_robot_node",
                 name="sim_robot",
                 parameters={"robot": values["robot"], "publish_clock": use_sim_time},
+                namespace=namespace,
+                log_level=log_level,
                 environment=variables,
-                **common,
             )
         )
     described.append(
@@ -111,7 +111,9 @@ def nodes(values: Mapping[str, str]) -> list[NodeDescription]:
                 "use_sim_time": use_sim_time,
             },
             parameter_files=(values["params_file"] or str(share_path("config/policy_node.yaml")),),
-            **common,  # type: ignore[arg-type]
+            namespace=namespace,
+            log_level=log_level,
+            environment=variables,
         )
     )
     return described

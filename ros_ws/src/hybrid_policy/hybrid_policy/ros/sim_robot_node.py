@@ -247,7 +247,7 @@ class SimRobotNode(Node):
             for name in names:
                 self._images[name].publish(self._image(name, stamp))
             if self._film is not None and frames % 5 == 0:
-                self._film.add(self._shown.render_frame("base_0_rgb", 360, 480), stamp)
+                self._film.add(self._shown.render_frame("angle", 360, 480), stamp)
             frames += 1
             due = max(due + period, time.monotonic_ns())
             self._stop.wait(max(0.0, (due - time.monotonic_ns()) * 1e-9))
