@@ -75,10 +75,12 @@ def environment() -> dict[str, str]:
     Fast DDS's default shared-memory segment (512 KiB) is smaller than one 640x480 image, and loses
     more than half of them; the profile has one of 32 MiB. Camera drivers should have it too.
     """
-    if "FASTDDS_DEFAULT_PROFILES_FILE" in os.environ or "FASTRTPS_DEFAULT_PROFILES_FILE" in os.environ:
+    names = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
+    if any(name in os.environ for name in names):
         return {}
-    profile = str(share_path("config/fastdds.xml"))
-    return {"FASTDDS_DEFAULT_PROFILES_FILE": profile, "FASTRTPS_DEFAULT_PROFILES_FILE": profile}
+    # Fast DDS 3 (Kilted) deprecates the old name; Fast DDS 2 knows it alone.
+    name = names[1] if os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy") else names[0]
+    return {name: str(share_path("config/fastdds.xml"))}
 
 
 def nodes(values: Mapping[str, str]) -> list[NodeDescription]:

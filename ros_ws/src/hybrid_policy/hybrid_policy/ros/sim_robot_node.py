@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import rclpy
 from rcl_interfaces.msg import ParameterDescriptor
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
+from rclpy.signals import SignalHandlerOptions
 from rosgraph_msgs.msg import Clock as ClockMessage
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Bool, String
@@ -275,7 +276,11 @@ def _check(robot: RobotFile) -> None:
 
 def main() -> int:
     """Run the node until it is interrupted; exit code 2 for bad input."""
-    rclpy.init()
+    # Our own handlers: rclpy's would end the context under the threads that still publish.
+    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
     try:
         node = SimRobotNode()
     except InputError as error:
@@ -286,11 +291,9 @@ def main() -> int:
     executor.add_node(node)
     node.run()
     try:
-        executor.spin()
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
+        while not stop.is_set():
+            executor.spin_once(timeout_sec=0.1)
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # launch and the terminal both send it: once is enough
         node.close()
         node.destroy_node()
         rclpy.try_shutdown()
