@@ -26,6 +26,10 @@ from hybrid_policy.sim.scene import HOME
 #: Seconds between two set-points, as the robot file's ``policy.rate``.
 PERIOD = 0.05
 
+#: Measured while the expert works: how far each joint of an arm (and its gripper) stays behind its
+#: set-point, in steps of the set-point (the joints' friction makes them creep).
+LAG = np.array([2.3, 0.6, 0.2, 0.1, 0.15, 0.1, 1.1])
+
 Array = NDArray[np.float64]
 
 
@@ -34,8 +38,7 @@ class ExpertSettings:
     """Lengths in m, angles in rad, times in s.
 
     travel: height of the tip above the grasp while it travels. slope: metres of height that each metre
-    of horizontal distance beyond ``aligned`` allows. lag: part of the distance to the set-point that the
-    arm covers in one period, measured (the joints' friction makes them creep).
+    of horizontal distance beyond ``aligned`` allows.
     """
 
     pitch: float = 1.4
@@ -53,7 +56,6 @@ class ExpertSettings:
     speed: float = 0.7
     lift_speed: float = 0.12
     gain: float = 0.25
-    lag: float = 0.45
     gripper_rate: float = 0.1
 
 
@@ -127,7 +129,7 @@ def plan(state: ExpertState, horizon: int, settings: ExpertSettings = SETTINGS) 
     """The set-points now and at the periods that follow, float64 [B, horizon, 14].
 
     Action 0 is the state's own set-points; the rest is the expert's law on a kinematic model of the arm
-    (each joint covers ``lag`` of its error in a period, the gripper stops at the cube, a held cube moves
+    (each joint stays ``LAG`` steps behind its set-point, the gripper stops at the cube, a held cube moves
     with the tip).
     """
     plans = np.empty((len(state.half), horizon, 14))
@@ -139,7 +141,7 @@ def plan(state: ExpertState, horizon: int, settings: ExpertSettings = SETTINGS) 
 
 
 def _advance(state: ExpertState, set_points: Array, settings: ExpertSettings) -> ExpertState:
-    joints = state.joints + settings.lag * (set_points - state.joints)
+    joints = state.joints + (set_points - state.joints) / (1.0 + np.tile(LAG, 2))
     blocked = np.maximum(joints[:, 13], state.half + settings.finger_offset)
     joints[:, 13] = np.where(at_cube(state, settings), blocked, joints[:, 13])
     # The measured tip differs from the joints' own where the rolls are not zero: carry the difference.
