@@ -192,7 +192,7 @@ def _yaml(value: Value) -> str:
 def parameter_file() -> str:
     """The text of ``config/policy_node.yaml``: the defaults, as a ROS 2 parameter file."""
     lines = [
-        "# Parameters of policy_node and their defaults; `python -m hybrid_policy.ros.parameters` writes them.",
+        "# Parameters of policy_node and their defaults, written by `python -m hybrid_policy.ros.parameters`",
         "# Copy it, keep the lines that you change, and pass it as params_file.",
         "/**:",
         "  ros__parameters:",

@@ -1,0 +1,132 @@
+"""The node's subscriptions: each only checks and stores its newest message."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+from xml.etree import ElementTree
+
+import rclpy
+from rclpy.lifecycle import LifecycleNode
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_msgs.msg import String
+
+from hybrid_policy.control.observation_buffer import ObservationBuffer
+from hybrid_policy.control.robot_file import Camera, Joint, RobotFile
+from hybrid_policy.errors import InputError
+from hybrid_policy.ros.log import ThrottledLog
+
+#: Best effort hears reliable publishers too, and never waits for an old image.
+SENSOR = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+
+
+class Inputs:
+    """Subscribes to what a robot file names and feeds an :class:`ObservationBuffer`.
+
+    A message that cannot be used is dropped, counted in the buffer and named in a throttled warning.
+    """
+
+    def __init__(
+        self,
+        node: LifecycleNode,
+        robot: RobotFile,
+        buffer: ObservationBuffer,
+        cameras: Sequence[Camera],
+        reports: ThrottledLog,
+    ) -> None:
+        self.buffer = buffer
+        self._node, self._reports = node, reports
+        self._subscriptions = [
+            node.create_subscription(
+                CompressedImage if camera.type == "compressed" else Image,
+                camera.topic,
+                self._safely(
+                    camera.name, lambda message, name=camera.name: buffer.receive_image(name, message)
+                ),
+                SENSOR,
+            )
+            for camera in cameras
+        ]
+        joints = self._safely("joints", buffer.receive_joints)
+        depth = QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT)
+        self._subscriptions.append(
+            node.create_subscription(JointState, robot.joint_states_topic, joints, depth)
+        )
+        prompt = self._safely("prompt", buffer.receive_prompt)
+        # A volatile subscription would miss a latched prompt, a transient-local one a volatile publisher's.
+        for qos in (QoSProfile(depth=1), LATCHED):
+            self._subscriptions.append(node.create_subscription(String, robot.prompt_topic, prompt, qos))
+
+    def _safely(self, name: str, receive: Callable[[Any], None]) -> Callable[[Any], None]:
+        def callback(message: Any) -> None:
+            try:
+                receive(message)
+            except InputError as error:
+                self._reports.warn(f"{name} {str(error)[:32]}", f"dropped: {error}")
+
+        return callback
+
+    def close(self) -> None:
+        """End the subscriptions."""
+        for subscription in self._subscriptions:
+            self._node.destroy_subscription(subscription)
+
+
+def urdf_limits(text: str, joints: Sequence[Joint]) -> tuple[Joint, ...]:
+    """Joints with the limits that their own file leaves out taken from a URDF.
+
+    Raises:
+        InputError: not XML, or a limit that is in neither.
+    """
+    try:
+        root = ElementTree.fromstring(text)
+    except ElementTree.ParseError as error:
+        raise InputError(f"robot_description: not XML ({error}), expected a URDF") from None
+    limits = {}
+    for element in root.iter("joint"):
+        limit = element.find("limit")
+        if limit is not None:
+            limits[element.get("name")] = {key: float(value) for key, value in limit.attrib.items()}
+    filled = []
+    for joint in joints:
+        found = limits.get(joint.name, {})
+        low = joint.min if joint.min is not None else found.get("lower")
+        high = joint.max if joint.max is not None else found.get("upper")
+        speed = joint.max_velocity if joint.max_velocity is not None else found.get("velocity")
+        for key, value in (("lower", low), ("upper", high), ("velocity", speed)):
+            if value is None:
+                raise InputError(
+                    f"robot_description: {joint.name}: no {key} limit, expected it there or in the robot file"
+                )
+        filled.append(replace(joint, min=low, max=high, max_velocity=speed))
+    return tuple(filled)
+
+
+def await_robot_description(node: Node, robot: RobotFile, seconds: float = 10.0) -> RobotFile:
+    """The robot with the limits of the published URDF where its file has none.
+
+    Raises:
+        InputError: nothing was published in time, or a limit is missing.
+    """
+    texts: list[str] = []
+    helper = rclpy.create_node(f"{node.get_name()}_description", namespace=node.get_namespace())
+    try:
+        helper.create_subscription(
+            String, robot.robot_description_topic, lambda message: texts.append(message.data), LATCHED
+        )
+        end = time.monotonic() + seconds
+        while not texts and time.monotonic() < end:
+            rclpy.spin_once(helper, timeout_sec=0.1)
+    finally:
+        helper.destroy_node()
+    if not texts:
+        raise InputError(
+            f"{robot.path}: robot_description.topic: nothing on {robot.robot_description_topic!r} within "
+            f"{seconds:g} s, expected a URDF"
+        )
+    return robot.with_joints(urdf_limits(texts[0], robot.joints))

@@ -1,0 +1,179 @@
+"""The three ways in which commands leave, chosen in the robot file.
+
+``joint_trajectory``: whole chunks, for joint_trajectory_controller, stamp 0 (at once), velocities filled.
+``forward_position``: ticks, for a forward_command_controller. ``twist``: ticks, for moveit_servo.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from geometry_msgs.msg import TwistStamped
+from numpy.typing import NDArray
+from rclpy.duration import Duration
+from rclpy.node import Node
+from rclpy.qos import QoSProfile
+from std_msgs.msg import Float64MultiArray
+from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
+
+from hybrid_policy.control.chunk_timeline import Trajectory
+from hybrid_policy.control.robot_file import RobotFile
+from hybrid_policy.ros.times import time_message
+
+Array = NDArray[np.float64]
+#: A hold's one point is due this long after it is sent (ns): the controller brakes within it.
+HOLD_DURATION = 100_000_000
+
+
+class Output(Protocol):
+    """Where commands go. Times are nanoseconds of the node's clock."""
+
+    topic: str
+
+    def chunk(self, trajectory: Trajectory) -> None:
+        """A new trajectory is in force."""
+
+    def tick(self, position: Array, now: int) -> None:
+        """The command at this tick, float64 [commands]."""
+
+    def hold(self, position: Array, now: int) -> None:
+        """Stand still at ``position`` (a twist: do not move; the gripper keeps its place)."""
+
+    def listeners(self) -> int:
+        """How many subscribers the command topic has."""
+
+    def flush(self) -> None:
+        """Wait, a moment at most, until what was sent has been received."""
+
+
+class TrajectoryOutput:
+    """Chunks as trajectory_msgs/JointTrajectory; the message objects are made once."""
+
+    def __init__(self, node: Node, robot: RobotFile, topic: str, horizon: int) -> None:
+        self.topic = topic
+        self._publisher = node.create_publisher(JointTrajectory, topic, QoSProfile(depth=5))
+        self._message = JointTrajectory(joint_names=list(robot.command_names))
+        self._points = [JointTrajectoryPoint() for _ in range(horizon)]
+        still = JointTrajectoryPoint(velocities=[0.0] * len(robot.command_names))
+        still.time_from_start.nanosec = HOLD_DURATION
+        self._hold = JointTrajectory(joint_names=list(robot.command_names), points=[still])
+
+    def chunk(self, trajectory: Trajectory) -> None:
+        """Publish the points."""
+        count = len(trajectory.times)
+        nanoseconds = np.round(trajectory.times * 1e9).astype(np.int64).tolist()
+        positions, velocities = trajectory.positions.tolist(), trajectory.velocities.tolist()
+        for k in range(count):
+            point = self._points[k]
+            point.positions, point.velocities = positions[k], velocities[k]
+            point.time_from_start.sec, point.time_from_start.nanosec = divmod(nanoseconds[k], 1_000_000_000)
+        self._message.points = self._points[:count]
+        self._publisher.publish(self._message)
+
+    def tick(self, position: Array, now: int) -> None:
+        """Nothing: the controller follows the trajectory by itself."""
+
+    def hold(self, position: Array, now: int) -> None:
+        """Publish one point, at rest: an empty trajectory would be rejected and the old one go on."""
+        self._hold.points[0].positions = position.tolist()
+        self._publisher.publish(self._hold)
+
+    def listeners(self) -> int:
+        """Subscribers of the command topic."""
+        return self._publisher.get_subscription_count()
+
+    def flush(self) -> None:
+        """Wait until subscribers have the last message, at most 0.2 s."""
+        self._publisher.wait_for_all_acked(Duration(seconds=0.2))
+
+
+class PositionOutput:
+    """Ticks as std_msgs/Float64MultiArray; the gripper's joints on their own topic if the file says so."""
+
+    def __init__(self, node: Node, robot: RobotFile, topic: str, gripper_topic: str) -> None:
+        self.topic = topic
+        gripper = robot.command.gripper.joints if robot.command.gripper is not None else ()
+        names = robot.command_names
+        self._main = [i for i, name in enumerate(names) if name not in gripper]
+        self._grip = [names.index(name) for name in gripper]
+        self._publisher = node.create_publisher(Float64MultiArray, topic, QoSProfile(depth=1))
+        self._gripper: Any = None
+        if gripper:
+            self._gripper = node.create_publisher(Float64MultiArray, gripper_topic, QoSProfile(depth=1))
+
+    def chunk(self, trajectory: Trajectory) -> None:
+        """Nothing: the ticks carry it."""
+
+    def tick(self, position: Array, now: int) -> None:
+        """Publish the set-points."""
+        self._publisher.publish(Float64MultiArray(data=position[self._main].tolist()))
+        if self._gripper is not None:
+            self._gripper.publish(Float64MultiArray(data=position[self._grip].tolist()))
+
+    def hold(self, position: Array, now: int) -> None:
+        """Publish the held set-points."""
+        self.tick(position, now)
+
+    def listeners(self) -> int:
+        """Subscribers of the command topic."""
+        return self._publisher.get_subscription_count()
+
+    def flush(self) -> None:
+        """Wait until subscribers have the last message, at most 0.2 s."""
+        self._publisher.wait_for_all_acked(Duration(seconds=0.2))
+
+
+class TwistOutput:
+    """Ticks as geometry_msgs/TwistStamped in the robot file's frame; the gripper on its own topic."""
+
+    def __init__(self, node: Node, robot: RobotFile, topic: str, gripper_topic: str) -> None:
+        self.topic = topic
+        self._publisher = node.create_publisher(TwistStamped, topic, QoSProfile(depth=1))
+        self._message = TwistStamped()
+        self._message.header.frame_id = robot.command.frame
+        self._gripper: Any = None
+        if "gripper" in robot.command_names:
+            self._gripper = node.create_publisher(Float64MultiArray, gripper_topic, QoSProfile(depth=1))
+
+    def chunk(self, trajectory: Trajectory) -> None:
+        """Nothing: the ticks carry it."""
+
+    def _twist(self, values: Array, now: int) -> None:
+        twist = self._message.twist
+        twist.linear.x, twist.linear.y, twist.linear.z = values[:3].tolist()
+        twist.angular.x, twist.angular.y, twist.angular.z = values[3:6].tolist()
+        self._message.header.stamp = time_message(now)
+        self._publisher.publish(self._message)
+
+    def tick(self, position: Array, now: int) -> None:
+        """Publish the twist (m/s, rad/s) and the gripper's position."""
+        self._twist(position, now)
+        if self._gripper is not None:
+            self._gripper.publish(Float64MultiArray(data=[float(position[6])]))
+
+    def hold(self, position: Array, now: int) -> None:
+        """Publish a zero twist."""
+        self._twist(np.zeros(6), now)
+
+    def listeners(self) -> int:
+        """Subscribers of the command topic."""
+        return self._publisher.get_subscription_count()
+
+    def flush(self) -> None:
+        """Wait until subscribers have the last message, at most 0.2 s."""
+        self._publisher.wait_for_all_acked(Duration(seconds=0.2))
+
+
+def make_output(node: Node, robot: RobotFile, horizon: int, preview: bool) -> Output:
+    """The output that the robot file names; ``preview``: the same messages, on ``~/preview`` instead."""
+    command = robot.command
+    topic = "~/preview" if preview else command.topic
+    gripper = command.gripper.topic if command.gripper is not None else ""
+    if preview and gripper:
+        gripper = "~/preview_gripper"
+    if command.interface == "joint_trajectory":
+        return TrajectoryOutput(node, robot, topic, horizon)
+    if command.interface == "forward_position":
+        return PositionOutput(node, robot, topic, gripper)
+    return TwistOutput(node, robot, topic, gripper)

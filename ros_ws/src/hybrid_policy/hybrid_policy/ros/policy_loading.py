@@ -1,0 +1,134 @@
+"""From the node's parameters to a policy that is ready to infer."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybrid_policy.control.robot_file import RobotFile
+from hybrid_policy.errors import InputError
+from hybrid_policy.models.observation import Observation, Policy
+from hybrid_policy.share import share_path
+
+#: Where the policy of the simulated robot ships.
+SHIPPED = "checkpoints/sim_pi05"
+
+
+def find_checkpoint(name: str) -> str:
+    """The directory that the parameter ``checkpoint`` means, or ``random``.
+
+    Raises:
+        InputError: no such directory.
+    """
+    if name == "random":
+        return name
+    if name == "shipped":
+        return str(share_path(SHIPPED))
+    if not Path(name).expanduser().is_dir():
+        raise InputError.at("parameter", "checkpoint", name, "a checkpoint directory, shipped or random")
+    return str(Path(name).expanduser())
+
+
+def load_policy(
+    values: Mapping[str, Any], robot: RobotFile, recipe: str, say: Callable[[str], None]
+) -> Policy:
+    """Load the checkpoint that the parameters name, quantise it by ``recipe``, capture and warm up.
+
+    Raises:
+        InputError: checkpoint, recipe or device cannot be used.
+    """
+    import torch
+
+    from hybrid_policy.runtime.engine import Engine
+    from hybrid_policy.runtime.rtc import RealTimeChunking
+    from hybrid_policy.share import resolve
+
+    if values["cpu_threads"] > 0:
+        torch.set_num_threads(values["cpu_threads"])
+    logging.getLogger("hybrid_policy").setLevel(logging.INFO)
+    rtc = RealTimeChunking(
+        mode=values["rtc.mode"] if values["chunking"] == "rtc" else "off",
+        schedule=values["rtc.schedule"],
+        beta=values["rtc.beta"],
+    )
+    checkpoint = find_checkpoint(values["checkpoint"])
+    recipe_file = resolve(recipe, "config/recipes")
+
+    def load(path: str) -> Engine:
+        return Engine.from_checkpoint(path, recipe_file, values["device"], rtc=rtc, seed=values["seed"])
+
+    if checkpoint != "random":
+        return load(checkpoint)
+    say("checkpoint 'random': a small pi0.5 with random weights; the robot moves without purpose")
+    with tempfile.TemporaryDirectory(prefix="hybrid_policy_random_") as folder:
+        write_random_checkpoint(Path(folder), robot, values["seed"])
+        return load(folder)
+
+
+def write_random_checkpoint(folder: Path, robot: RobotFile, seed: int) -> None:
+    """A pi0.5 of the real architecture and a million parameters, for any robot file; weights are random."""
+    import tokenizers
+    import torch
+
+    from hybrid_policy.models.checkpoint_writer import save_checkpoint
+    from hybrid_policy.models.config import GemmaConfig, Pi05Config, VisionConfig
+    from hybrid_policy.models.pi05 import Pi05
+
+    alphabet = {chr(code): code for code in range(32, 127)} | {"\n": 0, "<unk>": 1}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(alphabet, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    config = Pi05Config(
+        vision=VisionConfig(width=64, depth=2, mlp_dim=128, heads=2, patch=14),
+        prefix=GemmaConfig(width=128, depth=2, mlp_dim=256, heads=4, kv_heads=1, head_dim=32),
+        expert=GemmaConfig(width=64, depth=2, mlp_dim=128, heads=4, kv_heads=1, head_dim=32),
+        vocab_size=128,
+        image_size=56,
+        cameras=tuple(camera.name for camera in robot.cameras),
+        action_dim=len(robot.action_names),
+        state_dim=len(robot.state_names),
+        max_action_dim=max(32, len(robot.action_names)),
+        max_state_dim=max(32, len(robot.state_names)),
+    )
+    torch.manual_seed(seed)
+    network = Pi05(config)
+    # Half of each range about its middle, in the checkpoint's numbers, so that what is drawn can be reached.
+    low = np.array([joint.min if joint.min is not None else -1.0 for joint in robot.joints])
+    high = np.array([joint.max if joint.max is not None else 1.0 for joint in robot.joints])
+    ends = [robot.state(low), robot.state(high)]
+    state = {"q01": np.minimum(*ends), "q99": np.maximum(*ends)}
+    if robot.command.interface == "twist":
+        bound = np.full(len(robot.action_names), 0.2, np.float32)
+        action = {"q01": -bound, "q99": bound}
+    else:
+        middle, reach = 0.5 * (low + high)[robot.command_index], 0.25 * (high - low)[robot.command_index]
+        ends = [robot.actions(middle - reach), robot.actions(middle + reach)]
+        action = {"q01": np.minimum(*ends), "q99": np.maximum(*ends)}
+    file = folder / "tokenizer.json"
+    model.save(str(file))
+    save_checkpoint(folder, network, config, {"state": state, "action": action}, file)
+
+
+def warm_up(policy: Policy, robot: RobotFile, runs: int = 2) -> None:
+    """Run the whole path once or twice on made-up inputs, so that nothing is new at activation.
+
+    Raises:
+        InputError: the policy does not run (a missing tokenizer, say).
+    """
+    spec = policy.spec
+    images = {name: np.zeros((224, 224, 3), np.uint8) for name in spec.cameras}
+    middle = [0.5 * ((j.min or 0.0) + (j.max or 0.0)) for j in robot.joints]
+    observation = Observation(
+        images=images,
+        state=robot.state(np.array(middle)),
+        prompt=robot.prompt or "warm up",
+        stamps={"joints": 1},
+        joints=np.array(middle),
+    )
+    noise = np.zeros((spec.horizon, spec.max_action_dim), np.float32)
+    for _ in range(runs):
+        policy.infer(observation, noise, None)
