@@ -7,6 +7,7 @@ being copied.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,6 +115,7 @@ def open_checkpoint(
     description = describe(directory, shapes)
     names = _match(directory, store, held, description, packed)
     processors = read_processors(directory, description, tokenizer)
+    description = dataclasses.replace(description, config=processors.config)
     return Checkpoint(directory, description, processors, store, names, packed)
 
 

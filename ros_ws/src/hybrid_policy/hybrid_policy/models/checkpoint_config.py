@@ -38,6 +38,7 @@ Shapes = dict[str, tuple[int, ...]]
 class KnownAssets:
     """What openpi's own code knows of a published checkpoint and its files do not say.
 
+    cameras: those that its robot has (openpi masks the others, which is the same as leaving them out).
     relative: which action dimensions are relative to the state (openpi's ``AbsoluteActions``).
     Source: openpi ``training/config.py`` and ``policies/*_policy.py``.
     """
@@ -45,6 +46,7 @@ class KnownAssets:
     state_dim: int
     action_dim: int
     horizon: int
+    cameras: tuple[str, ...]
     relative: tuple[bool, ...] = ()
     state_in_prompt: bool = True
 
@@ -53,9 +55,9 @@ _SIX_AND_GRIPPER = (True,) * 6 + (False,)
 
 #: openpi's asset ids (``assets/<id>/norm_stats.json``) of the published pi0.5 checkpoints
 OPENPI_ASSETS = {
-    "trossen": KnownAssets(14, 14, 50, _SIX_AND_GRIPPER * 2),
-    "droid": KnownAssets(8, 8, 15),
-    "physical-intelligence/libero": KnownAssets(8, 7, 10, state_in_prompt=False),
+    "trossen": KnownAssets(14, 14, 50, OPENPI_CAMERAS, _SIX_AND_GRIPPER * 2),
+    "droid": KnownAssets(8, 8, 15, OPENPI_CAMERAS[:2]),
+    "physical-intelligence/libero": KnownAssets(8, 7, 10, OPENPI_CAMERAS[:2], state_in_prompt=False),
 }
 
 
@@ -114,8 +116,9 @@ def describe(directory: Path, shapes: Shapes) -> Description:
     raw = read_json(config_path) if config_path.exists() else {}
     dims = read_json(dims_path) if dims_path.exists() else {}
     assets = sorted((directory / "assets").rglob("norm_stats.json"))
+    said = _Said(_Table(config_path, raw), _Table(dims_path, dims), shapes)
     if "type" in raw or "input_features" in raw:
-        return Description("lerobot", _lerobot(config_path, raw, dims_path, dims, shapes), raw, dims)
+        return Description("lerobot", _lerobot(said), raw, dims)
     asset_id = str(dims.get("asset_id") or "") or None
     if asset_id is None and len(assets) == 1:
         asset_id = assets[0].parent.relative_to(directory / "assets").as_posix()
@@ -126,9 +129,7 @@ def describe(directory: Path, shapes: Shapes) -> Description:
         raise InputError(
             f"{directory}: no config.json, dims.json or assets/<id>/norm_stats.json: not a checkpoint"
         )
-    return Description(
-        "openpi", _openpi(config_path, raw, dims_path, dims, shapes, asset_id), raw, dims, asset_id
-    )
+    return Description("openpi", _openpi(said, asset_id), raw, dims, asset_id)
 
 
 def _kind(shapes: Shapes) -> Literal["pi05", "pi0"]:
@@ -151,17 +152,21 @@ def _gemma(path: Path, name: Any, dims: _Table, shapes: Shapes, prefix: str) -> 
     if variant is None:
         raise InputError.at(path, "variant", name, f"one of {', '.join(GEMMA_VARIANTS)}")
     first = prefix + "layers.0."
-    head_dim = dims.integer("head_dim", variant.head_dim)
-    heads = dims.integer("num_heads", variant.heads)
-    kv_heads = dims.integer("num_kv_heads", variant.kv_heads)
-    return GemmaConfig(
+    config = GemmaConfig(
         width=dims.integer("width", _size(shapes, first + "self_attn.q_proj.weight", 1, variant.width)),
         depth=dims.integer("depth", _layers(shapes, prefix) or variant.depth),
         mlp_dim=dims.integer("mlp_dim", _size(shapes, first + "mlp.up_proj.weight", 0, variant.mlp_dim)),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
+        heads=dims.integer("num_heads", variant.heads),
+        kv_heads=dims.integer("num_kv_heads", variant.kv_heads),
+        head_dim=dims.integer("head_dim", variant.head_dim),
     )
+    rows = _size(shapes, first + "self_attn.q_proj.weight", 0, config.heads * config.head_dim)
+    if rows != config.heads * config.head_dim:
+        raise InputError(
+            f"{first}self_attn.q_proj.weight: {rows} rows given, expected {config.heads} heads of "
+            f"{config.head_dim}; dims.json beside it can give num_heads, num_kv_heads and head_dim"
+        )
+    return config
 
 
 def _vision(dims: _Table, shapes: Shapes) -> VisionConfig:
@@ -179,23 +184,17 @@ def _vision(dims: _Table, shapes: Shapes) -> VisionConfig:
     )
 
 
-def _cameras(path: Path, dims: dict[str, Any], known: tuple[str, ...]) -> tuple[str, ...]:
-    """Camera names: dims.json's list, else those known; dims.json's count must agree with them."""
-    given = dims.get("cameras", dims.get("camera_names"))
-    if isinstance(given, list) and given and all(isinstance(c, str) and c for c in given):
+def _cameras(dims: _Table, known: tuple[str, ...]) -> tuple[str, ...]:
+    """dims.json's list of names; else those that config.json says; else as many as dims.json counts."""
+    given = dims.values.get("cameras")
+    if isinstance(given, list) and given and all(isinstance(name, str) and name for name in given):
         return tuple(given)
-    if given is None or given == len(known):
-        return known
-    if type(given) is int and not known and given > 0:
-        return tuple(f"cam{i}" for i in range(given))
-    raise InputError.at(
-        path, "cameras", given, f"their names, or their number ({len(known)}: {', '.join(known)})"
-    )
+    if given is not None and type(given) is not int:
+        raise InputError.at(dims.path, "cameras", given, "a list of names, or their number")
+    return known or tuple(f"cam{i}" for i in range(dims.integer("cameras", 1)))
 
 
-def _feature_dim(path: Path, features: Any, key: str, default: int) -> int:
-    if not isinstance(features, dict):
-        raise InputError.at(path, "input_features/output_features", features, "an object")
+def _feature_dim(path: Path, features: dict[str, Any], key: str, default: int) -> int:
     feature = features.get(key)
     if feature is None:
         return default
@@ -205,102 +204,99 @@ def _feature_dim(path: Path, features: Any, key: str, default: int) -> int:
     return shape[0]
 
 
-def _common(
-    kind: Literal["pi05", "pi0"],
-    config_path: Path,
-    raw: dict[str, Any],
-    dims_path: Path,
-    dims: dict[str, Any],
-    shapes: Shapes,
-) -> dict[str, Any]:
-    """The fields that both forms of checkpoint give in the same way."""
-    table = _Table(dims_path, dims)
-    prefix_name = raw.get("paligemma_variant", "gemma_2b")
-    expert_name = raw.get("action_expert_variant", "gemma_300m")
-    vlm = table.table("vlm" if "vlm" in dims else "prefix")
-    return {
-        "kind": kind,
-        "vision": _vision(table.table("vision"), shapes),
-        "prefix": _gemma(config_path, prefix_name, vlm, shapes, PREFIX),
-        "expert": _gemma(config_path, expert_name, table.table("expert"), shapes, EXPERT),
-        "vocab_size": table.integer("vocab", _size(shapes, EMBEDDING, 0, _size(shapes, HEAD, 0, 257152))),
-        "min_period": _Table(config_path, raw).number("min_period", 4e-3),
-        "max_period": _Table(config_path, raw).number("max_period", 4.0),
-    }
+@dataclass(frozen=True)
+class _Said:
+    """All that a directory says: config.json and dims.json (where dims.json speaks, it wins), and shapes."""
+
+    config: _Table
+    dims: _Table
+    shapes: Shapes
+
+    def common(self, kind: Literal["pi05", "pi0"]) -> dict[str, Any]:
+        """The fields that both forms of checkpoint give in the same way."""
+        names = self.config.values
+        vlm = self.dims.table("vlm")
+        vocab = _size(self.shapes, EMBEDDING, 0, _size(self.shapes, HEAD, 0, 257152))
+        variants = (
+            names.get("paligemma_variant", "gemma_2b"),
+            names.get("action_expert_variant", "gemma_300m"),
+        )
+        return {
+            "kind": kind,
+            "vision": _vision(self.dims.table("vision"), self.shapes),
+            "prefix": _gemma(self.config.path, variants[0], vlm, self.shapes, PREFIX),
+            "expert": _gemma(self.config.path, variants[1], self.dims.table("expert"), self.shapes, EXPERT),
+            "vocab_size": self.dims.integer("vocab", vocab),
+            "min_period": self.config.number("min_period", 4e-3),
+            "max_period": self.config.number("max_period", 4.0),
+        }
 
 
-def _lerobot(
-    config_path: Path, raw: dict[str, Any], dims_path: Path, dims: dict[str, Any], shapes: Shapes
-) -> Pi05Config:
+def _lerobot(said: _Said) -> Pi05Config:
+    config, dims, raw = said.config, said.dims, said.config.values
     kind = raw.get("type")
     if kind not in ("pi05", "pi0"):
-        raise InputError.at(config_path, "type", kind, "pi05 or pi0 (other policies are not supported)")
+        raise InputError.at(config.path, "type", kind, "pi05 or pi0 (other policies are not supported)")
     for key in ("use_visual_memory", "use_proprioceptive_memory"):
         if raw.get(key):
-            raise InputError.at(config_path, key, raw[key], "false: memory (MEM) policies are not supported")
-    config, said = _Table(config_path, raw), _Table(dims_path, dims)
+            raise InputError.at(config.path, key, raw[key], "false: memory (MEM) policies are not supported")
     resolution = raw.get("image_resolution", [224, 224])
     if not (isinstance(resolution, list) and len(resolution) == 2 and resolution[0] == resolution[1]):
-        raise InputError.at(config_path, "image_resolution", resolution, "two equal numbers of pixels")
-    image_size = _Table(config_path, {"image_resolution": resolution[0]}).integer("image_resolution", 224)
-    inputs, outputs = raw.get("input_features") or {}, raw.get("output_features") or {}
+        raise InputError.at(config.path, "image_resolution", resolution, "two equal numbers of pixels")
+    image_size = _Table(config.path, {"image_resolution": resolution[0]}).integer("image_resolution", 224)
+    inputs, outputs = config.table("input_features").values, config.table("output_features").values
     max_state_dim = config.integer("max_state_dim", 32)
     max_action_dim = config.integer("max_action_dim", 32)
-    state_dim = _feature_dim(config_path, inputs, "observation.state", max_state_dim)
-    action_dim = _feature_dim(config_path, outputs, "action", max_action_dim)
-    visual = [k for k, f in inputs.items() if isinstance(f, dict) and f.get("type") == "VISUAL"]
-    names = [k.removeprefix(LEROBOT_IMAGES).removeprefix("observation.") for k in visual]
+    visual = [key for key, f in inputs.items() if isinstance(f, dict) and f.get("type") == "VISUAL"]
+    names = [key.removeprefix(LEROBOT_IMAGES).removeprefix("observation.") for key in visual]
     # LeRobot fills these with masked images, which nothing attends to: leaving them out is the same
     cameras = tuple(name for name in names if not re.fullmatch(r"empty_camera_\d+", name))
+    token_len = config.integer("tokenizer_max_length", 200 if kind == "pi05" else 48)
+    action_dim = _feature_dim(config.path, outputs, "action", max_action_dim)
+    state_dim = _feature_dim(config.path, inputs, "observation.state", max_state_dim)
     return Pi05Config(
-        **_common(kind, config_path, raw, dims_path, dims, shapes),
-        image_size=said.integer("image", image_size),
-        cameras=_cameras(dims_path, dims, cameras),
-        max_action_dim=said.integer("max_action_dim", max_action_dim),
-        action_dim=said.integer("action_dof", action_dim),
+        **said.common(kind),
+        image_size=dims.integer("image", image_size),
+        cameras=_cameras(dims, cameras),
+        max_action_dim=dims.integer("max_action_dim", max_action_dim),
+        action_dim=dims.integer("action_dof", action_dim),
         max_state_dim=max_state_dim,
-        state_dim=said.integer("state_dim", state_dim),
-        horizon=said.integer("horizon", config.integer("chunk_size", 50)),
-        max_token_len=said.integer(
-            "max_token_len", config.integer("tokenizer_max_length", 200 if kind == "pi05" else 48)
-        ),
-        num_steps=said.integer("steps", config.integer("num_inference_steps", 10)),
+        state_dim=dims.integer("state_dim", state_dim),
+        horizon=dims.integer("horizon", config.integer("chunk_size", 50)),
+        max_token_len=dims.integer("max_token_len", token_len),
+        num_steps=dims.integer("steps", config.integer("num_inference_steps", 10)),
         state_in_prompt=kind == "pi05",
     )
 
 
-def _openpi(
-    config_path: Path,
-    raw: dict[str, Any],
-    dims_path: Path,
-    dims: dict[str, Any],
-    shapes: Shapes,
-    asset_id: str | None,
-) -> Pi05Config:
-    kind = _kind(shapes)
+def _openpi(said: _Said, asset_id: str | None) -> Pi05Config:
+    config, dims = said.config, said.dims
+    kind = _kind(said.shapes)
     full = PI05_FULL if kind == "pi05" else PI0_FULL
-    config, said = _Table(config_path, raw), _Table(dims_path, dims)
     known = OPENPI_ASSETS.get(asset_id or "")
-    max_dim = config.integer("action_dim", _size(shapes, "action_in_proj.weight", 1, full.max_action_dim))
-    horizon = dims.get("horizon", raw.get("action_horizon", known.horizon if known else None))
-    if horizon is None:
+    in_weights = _size(said.shapes, "action_in_proj.weight", 1, full.max_action_dim)
+    max_dim = dims.integer("max_action_dim", config.integer("action_dim", in_weights))
+    if not ("horizon" in dims.values or "action_horizon" in config.values or known):
         raise InputError(
-            f"{config_path}: action_horizon is not said; give it there or as horizon in {dims_path.name} "
+            f"{config.path}: action_horizon is not said; give it there or as horizon in {dims.path.name} "
             "(50 for openpi's base and ALOHA, 15 for pi05_droid, 10 for pi05_libero)"
         )
-    in_prompt = dims.get("state_in_prompt", (known.state_in_prompt if known else True) and kind == "pi05")
+    horizon = config.integer("action_horizon", known.horizon if known else full.horizon)
+    in_prompt = dims.values.get(
+        "state_in_prompt", (known.state_in_prompt if known else True) and kind == "pi05"
+    )
     if not isinstance(in_prompt, bool):
-        raise InputError.at(dims_path, "state_in_prompt", in_prompt, "true or false")
+        raise InputError.at(dims.path, "state_in_prompt", in_prompt, "true or false")
     return Pi05Config(
-        **_common(kind, config_path, raw, dims_path, dims, shapes),
-        image_size=said.integer("image", 224),
-        cameras=_cameras(dims_path, dims, () if type(dims.get("cameras")) is int else OPENPI_CAMERAS),
+        **said.common(kind),
+        image_size=dims.integer("image", 224),
+        cameras=_cameras(dims, known.cameras if known else OPENPI_CAMERAS),
         max_action_dim=max_dim,
-        action_dim=said.integer("action_dof", known.action_dim if known else max_dim),
+        action_dim=dims.integer("action_dof", known.action_dim if known else max_dim),
         max_state_dim=max_dim,
-        state_dim=said.integer("state_dim", known.state_dim if known else max_dim),
-        horizon=_Table(dims_path, {"horizon": horizon}).integer("horizon", 50),
-        max_token_len=said.integer("max_token_len", config.integer("max_token_len", full.max_token_len)),
-        num_steps=said.integer("steps", 10),
+        state_dim=dims.integer("state_dim", known.state_dim if known else max_dim),
+        horizon=dims.integer("horizon", horizon),
+        max_token_len=dims.integer("max_token_len", config.integer("max_token_len", full.max_token_len)),
+        num_steps=dims.integer("steps", 10),
         state_in_prompt=in_prompt,
     )

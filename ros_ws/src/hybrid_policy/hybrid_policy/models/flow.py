@@ -16,7 +16,9 @@ Guidance = Callable[[Tensor, Tensor, float], Tensor]
 class Velocity(Protocol):
     """The learnt field at Euler step ``k``, time ``t``."""
 
-    def __call__(self, k: int, t: float, x: Tensor) -> Tensor: ...
+    def __call__(self, k: int, t: float, x: Tensor) -> Tensor:
+        """v at x, float32 [B, H, A]."""
+        ...
 
 
 def step_times(num_steps: int) -> list[float]:
@@ -49,6 +51,7 @@ def euler(
     velocity: Velocity,
     noise: Tensor,
     times: list[float],
+    *,
     guidance: Guidance | None = None,
     clean: Tensor | None = None,
     clean_mask: Tensor | None = None,

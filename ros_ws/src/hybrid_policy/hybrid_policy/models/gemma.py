@@ -189,5 +189,8 @@ class Gemma(nn.Module):
 
     def norms(self) -> Sequence[nn.Module]:
         """Every norm in the order in which a forward pass meets them."""
-        pairs = [n for layer in self.layers for n in (layer.input_layernorm, layer.post_attention_layernorm)]
-        return [*pairs, self.norm]
+        found: list[nn.Module] = []
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            found += (layer.input_layernorm, layer.post_attention_layernorm)
+        return [*found, self.norm]

@@ -35,7 +35,7 @@ def _filter(source: int, target: int) -> tuple[NDArray[np.intp], NDArray[np.int3
         for k, value in enumerate(raw):
             places[k, i] = first + k
             weights[k, i] = int(0.5 + value / total * (1 << _BITS))
-    used = int(weights.any(axis=1).nonzero()[0].max()) + 1
+    used = int(np.flatnonzero(weights.sum(axis=1)).max()) + 1
     return places[:used], weights[:used]
 
 

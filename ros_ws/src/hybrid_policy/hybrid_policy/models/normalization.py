@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,7 @@ STATISTICS: dict[str, tuple[str, ...]] = {
     "identity": (),
 }
 
-Floats = NDArray[np.floating]
+Floats = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Normalization:
         statistics: Mapping[str, Floats],
         dimensions: int,
         what: str,
+        *,
         eps: float | None = None,
     ) -> Normalization:
         """From statistics by name; longer ones (padded to the model's width) are cut to ``dimensions``.
@@ -77,9 +78,9 @@ class Normalization:
             raise InputError(
                 f"{what}: {mode} normalisation needs {', '.join(names)}; missing: {', '.join(missing)}"
             )
-        pair = []
+        pair: list[Floats] = []
         for name in names:
-            values = np.asarray(statistics[name], dtype=dtype).reshape(-1)
+            values: Floats = np.ravel(statistics[name]).astype(dtype)
             if values.size < dimensions:
                 raise InputError(f"{what}.{name}: {values.size} values given, expected {dimensions}")
             if not np.isfinite(values[:dimensions]).all():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from hybrid_policy.models.config import Pi05Config
 from hybrid_policy.models.flow import Guidance, euler, step_times, time_embedding
-from hybrid_policy.models.gemma import AdaRMSNorm, Gemma, Rope, rope_table
+from hybrid_policy.models.gemma import AdaRMSNorm, Gemma, Layer, Rope, rope_table
 from hybrid_policy.models.siglip import VisionModel
 
 PREFIX = "paligemma_with_expert.paligemma.model.language_model."
@@ -170,7 +171,7 @@ class Pi05(nn.Module):
         positions = valid.cumsum(dim=1) - 1
         rope = rope_table(positions, config.prefix.head_dim)
         keys, values = [], []
-        layers = list(self.prefix.layers)
+        layers = cast("list[Layer]", list(self.prefix.layers))
         for layer in layers[:-1]:
             x, (k, v) = layer(x, rope, valid)
             keys.append(k)
@@ -289,9 +290,9 @@ class Pi05(nn.Module):
         tokens: Tensor,
         token_count: Tensor,
         noise: Tensor,
+        *,
         num_steps: int | None = None,
         guidance: Guidance | None = None,
-        *,
         state: Tensor | None = None,
         clean: Tensor | None = None,
         clean_count: int = 0,
@@ -326,7 +327,7 @@ class Pi05(nn.Module):
                 modulation = torch.where(mask, given[:, :, None], steps[:, k, None, None])
             return self.velocity(x, None, cache, modulation)
 
-        return euler(field, noise, times, guidance, clean, mask)
+        return euler(field, noise, times, guidance=guidance, clean=clean, clean_mask=mask)
 
     def training_loss(
         self,
@@ -366,23 +367,3 @@ def keeps_float32(name: str) -> bool:
     """
     parts = name.split(".")
     return any("norm" in part for part in parts) or parts[0] not in ("paligemma_with_expert",)
-
-
-def parameter_parts(model: nn.Module) -> dict[str, int]:
-    """Parameters of each part: vision, projector, embedding, prefix, expert, heads."""
-    counts = dict.fromkeys(("vision", "projector", "embedding", "prefix", "expert", "action and time"), 0)
-    for name, parameter in model.named_parameters():
-        if name.startswith(VISION):
-            part = "vision"
-        elif name.startswith(PROJECTOR):
-            part = "projector"
-        elif name.startswith(PREFIX + "embed_tokens"):
-            part = "embedding"
-        elif name.startswith(PREFIX):
-            part = "prefix"
-        elif name.startswith(EXPERT):
-            part = "expert"
-        else:
-            part = "action and time"
-        counts[part] += parameter.numel()
-    return counts

@@ -116,7 +116,8 @@ class Processors:
         ids = self.tokenizer.encode(text, newline_apart=self.prompt_style == "openpi_plain")
         if max(ids, default=0) >= self.config.vocab_size:
             raise InputError(
-                f"{self.tokenizer.path}: gives token {max(ids)}, the checkpoint knows {self.config.vocab_size}"
+                f"{self.tokenizer.path}: gives token {max(ids)}, "
+                f"the checkpoint knows {self.config.vocab_size}"
             )
         if not ids:
             raise InputError(f"{self.tokenizer.path}: gives no token for the prompt {text!r}")
@@ -180,10 +181,10 @@ class Processors:
     def normalized_actions(
         self, actions: NDArray[np.floating], state: NDArray[np.floating]
     ) -> NDArray[np.float32]:
-        """The inverse of ``finish``, for training: [..., H, action_dim] -> [..., H, max_action_dim], zero-padded.
+        """The inverse of ``finish``, for training: [..., H, action_dim] -> [..., H, max_action_dim].
 
         Args:
-            actions: absolute, in the checkpoint's units.
+            actions: absolute, in the checkpoint's units; the padding of the result is 0.
             state: [..., state_dim] that relative dimensions count from, not normalised.
         """
         if self.action is None:

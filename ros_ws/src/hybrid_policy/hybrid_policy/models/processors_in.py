@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def read_processors(
     found = load_tokenizer(tokenizer) if tokenizer is not None else find_tokenizer(directory)
     read = _lerobot if description.form == "lerobot" else _openpi
     processors = read(directory, description)
+    processors.config = processors.config.replace(state_in_prompt=processors.prompt_style == "state")
     processors.tokenizer = found
     if found is None:
         processors.missing.append(absent(directory))
@@ -132,26 +134,24 @@ def _lerobot(directory: Path, description: Description) -> Processors:
     if before.exists():
         for name, step, state_file in _steps(before):
             if name == "normalizer_processor":
-                processors.state = _part(
-                    before,
-                    step,
-                    state_file,
-                    "STATE",
-                    "observation.state",
-                    config.state_dim,
-                    processors.missing,
+                found = _Step(before, step, state_file)
+                processors.state = found.part(
+                    "STATE", "observation.state", config.state_dim, processors.missing
                 )
             elif name == "pi05_prepare_state_tokenizer_processor_step":
                 processors.prompt_style = "state" if step.get("include_state_in_prompt", True) else "task"
             elif name == "relative_actions_processor":
                 processors.relative = _relative_mask(before, step, config.action_dim)
-        _check_relative(before, description, processors)
+                wanted = bool(description.raw.get("use_relative_actions", False))
+                if bool(step.get("enabled", False)) != wanted:
+                    raise InputError.at(
+                        before, f"{name}.enabled", step.get("enabled"), f"{wanted}, as config.json says"
+                    )
     if after.exists():
         for name, step, state_file in _steps(after):
             if name == "unnormalizer_processor":
-                processors.action = _part(
-                    after, step, state_file, "ACTION", "action", config.action_dim, processors.missing
-                )
+                found = _Step(after, step, state_file)
+                processors.action = found.part("ACTION", "action", config.action_dim, processors.missing)
             elif name == "absolute_actions_processor" and not step.get("enabled", False):
                 processors.relative = ()
     for path, there, what in (
@@ -163,48 +163,35 @@ def _lerobot(directory: Path, description: Description) -> Processors:
     return processors
 
 
-def _check_relative(path: Path, description: Description, processors: Processors) -> None:
-    wanted = bool(description.raw.get("use_relative_actions", False))
-    if wanted != any(processors.relative):
-        raise InputError.at(
-            path,
-            "relative_actions_processor.enabled",
-            any(processors.relative),
-            f"{wanted}, as config.json says",
-        )
+@dataclass(frozen=True)
+class _Step:
+    """A LeRobot normalizer or unnormalizer step."""
 
+    path: Path
+    config: dict[str, Any]
+    state_file: str | None
 
-def _part(
-    path: Path,
-    step: dict[str, Any],
-    state_file: str | None,
-    kind: str,
-    key: str,
-    dimensions: int,
-    missing: list[str],
-) -> Normalization | None:
-    """One vector's normalisation from a step, or None and a line in ``missing``."""
-    norm_map = step.get("norm_map", {})
-    name = norm_map.get(kind, "IDENTITY") if isinstance(norm_map, dict) else None
-    mode = _MODES.get(str(name))
-    if mode is None:
-        raise InputError.at(path, f"norm_map.{kind}", name, f"one of {', '.join(_MODES)}")
-    visual = norm_map.get("VISUAL", "IDENTITY")
-    if visual != "IDENTITY":
-        raise InputError.at(
-            path, "norm_map.VISUAL", visual, "IDENTITY: pi0.5's images are only mapped to -1...1"
-        )
-    eps = step.get("eps", 1e-8)
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or eps < 0:
-        raise InputError.at(path, "eps", eps, "a small positive number")
-    statistics: dict[str, Floats] = {}
-    if mode != "identity":
-        if state_file is None:
-            missing.append(
-                f"{path}: no statistics (no state_file) for {key}; train or convert with a data set's"
-            )
+    def part(self, kind: str, key: str, dimensions: int, missing: list[str]) -> Normalization | None:
+        """The normalisation of ``key``, or None and a line in ``missing`` where there are no statistics."""
+        norm_map = self.config.get("norm_map", {})
+        if not isinstance(norm_map, dict):
+            raise InputError.at(self.path, "norm_map", norm_map, "an object")
+        name, visual = norm_map.get(kind, "IDENTITY"), norm_map.get("VISUAL", "IDENTITY")
+        mode = _MODES.get(str(name))
+        if mode is None:
+            raise InputError.at(self.path, f"norm_map.{kind}", name, f"one of {', '.join(_MODES)}")
+        if visual != "IDENTITY":
+            raise InputError.at(self.path, "norm_map.VISUAL", visual, "IDENTITY: images are mapped to -1...1")
+        eps = self.config.get("eps", 1e-8)
+        if isinstance(eps, bool) or not isinstance(eps, int | float) or not eps >= 0:
+            raise InputError.at(self.path, "eps", eps, "a small positive number")
+        if mode == "identity":
+            return Normalization(mode, "lerobot", eps)
+        if self.state_file is None:
+            missing.append(f"{self.path}: no statistics (no state_file) for {key}")
             return None
-        file = TensorFile(path.parent / state_file)
+        file = TensorFile(self.path.parent / self.state_file)
+        statistics: dict[str, Floats] = {}
         for full in file.infos:
             owner, _, statistic = full.rpartition(".")
             if owner == key:
@@ -212,9 +199,7 @@ def _part(
         if not statistics:
             missing.append(f"{file.path}: no statistics for {key}")
             return None
-    return Normalization.of(
-        mode, "lerobot", statistics, dimensions, f"{path.parent / (state_file or '')}: {key}", eps
-    )
+        return Normalization.of(mode, "lerobot", statistics, dimensions, f"{file.path}: {key}", eps=eps)
 
 
 def _relative_mask(path: Path, step: dict[str, Any], action_dim: int) -> tuple[bool, ...]:
