@@ -28,6 +28,9 @@ CAMERAS = ("base_0_rgb", "right_wrist_0_rgb")
 #: The fingers' tip: this far along the gripper link's x axis (m).
 TIP_OFFSET = 0.135
 
+#: Diffuse colours of the lights [lights, 3], ambient and diffuse of the headlight [3].
+Light = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
+
 _MASS = 0.05
 # Explicit inertia of gym-aloha's cube: with the box's own (2e-5) the grasp chatters.
 _INERTIA = 0.002
@@ -105,7 +108,13 @@ def _build(cubes: int) -> Any:
     return spec.compile()
 
 
-def _close_all(renderers: dict[tuple[int, int], Any]) -> None:
+def _light(model: Any) -> Light:
+    """The model's own lights, which a scene's ``Look`` scales."""
+    headlight = model.vis.headlight
+    return model.light_diffuse.copy(), headlight.ambient.copy(), headlight.diffuse.copy()
+
+
+def _close_all(renderers: dict[tuple[int, int, int], Any]) -> None:
     """Free the OpenGL contexts."""
     while renderers:
         renderers.popitem()[1].close()
@@ -122,7 +131,8 @@ class SimRobot:
 
     def __init__(self, scene: Scene, seed: int = 0, motor_noise: float = 0.0) -> None:
         self._mujoco = load_mujoco()
-        self._renderers: dict[tuple[int, int], Any] = {}
+        self._built: dict[int, tuple[Any, Any, Light]] = {}  # by the number of cubes
+        self._renderers: dict[tuple[int, int, int], Any] = {}
         self._random = np.random.default_rng(seed)
         self.motor_noise = motor_noise
         self.model: Any = None
@@ -132,10 +142,12 @@ class SimRobot:
 
     def reset(self, scene: Scene) -> None:
         """Put ``scene`` on the table, the arms at its start, and the time to 0."""
-        if self.model is None or len(scene.cubes) != len(self.scene.cubes):
-            self.close()
-            self.model = _build(len(scene.cubes))
-            self.data = self._mujoco.MjData(self.model)
+        count = len(scene.cubes)
+        if self.model is None or count != len(self.scene.cubes):
+            if count not in self._built:
+                model = _build(count)
+                self._built[count] = (model, self._mujoco.MjData(model), _light(model))
+            self.model, self.data, self._light = self._built[count]
             self._find()
         self.scene = scene
         self._mujoco.mj_resetData(self.model, self.data)
@@ -173,11 +185,6 @@ class SimRobot:
         self.limits = np.array([j.range for j in joints])
         self._cube_qpos = [int(joint.qposadr[0]) for joint in self._cube_joints()]
         self._tip_body = model.body("vx300s_right/gripper_link").id
-        self._look = (
-            model.light_diffuse.copy(),
-            model.vis.headlight.ambient.copy(),
-            model.vis.headlight.diffuse.copy(),
-        )
         self._table = model.geom("table").id
 
     def _cube_joints(self) -> list[Any]:
@@ -187,7 +194,7 @@ class SimRobot:
         return self._mujoco.mj_name2id(self.model, self._mujoco.mjtObj.mjOBJ_JOINT, f"cube{index}") >= 0
 
     def _apply_look(self, look: Look) -> None:
-        diffuse, ambient, head = self._look
+        diffuse, ambient, head = self._light
         self.model.light_diffuse[:] = np.clip(diffuse * look.diffuse, 0, 1)
         self.model.vis.headlight.ambient[:] = np.clip(ambient * look.ambient, 0, 1)
         self.model.vis.headlight.diffuse[:] = np.clip(head * look.diffuse, 0, 1)
@@ -287,7 +294,8 @@ class SimRobot:
         names = [self.model.camera(i).name for i in range(self.model.ncam)]
         if camera not in names:
             raise InputError.at("simulated robot", "camera", camera, f"one of {', '.join(names)}")
-        renderer = self._renderers.get((height, width))
+        key = (len(self.scene.cubes), height, width)
+        renderer = self._renderers.get(key)
         if renderer is None:
             renderer = self._mujoco.Renderer(self.model, height, width)
             renderer.scene.flags[self._mujoco.mjtRndFlag.mjRND_SHADOW] = 0
@@ -295,7 +303,7 @@ class SimRobot:
             if not self._renderers:
                 # MuJoCo's own hook, which ends the display, is there by now: the last one runs first.
                 atexit.register(_close_all, self._renderers)
-            self._renderers[height, width] = renderer
+            self._renderers[key] = renderer
         renderer.update_scene(self.data, camera=camera)
         return renderer.render().copy()
 
