@@ -128,7 +128,7 @@ class ObservationBuffer:
     reading may lie outside its limits; beyond it the reading is taken for a sensor fault.
     """
 
-    def __init__(self, robot: RobotFile, cameras: Sequence[Camera], joint_margin: float = 0.1) -> None:
+    def __init__(self, robot: RobotFile, cameras: Sequence[Camera], joint_margin: float = 0.5) -> None:
         self.robot = robot
         self._cameras = {camera.name: camera for camera in cameras}
         self._inputs = {c.name: _Input(c.name, c.rate, _KEEP_IMAGES) for c in cameras}

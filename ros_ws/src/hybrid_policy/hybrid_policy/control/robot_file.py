@@ -30,7 +30,8 @@ class Camera:
     """One camera: ``name`` is the policy's name for it, ``rate`` the frames per second expected.
 
     encodings: those accepted of a ``sensor_msgs/Image``; unused where ``type`` is ``compressed``.
-    frozen_after: seconds of identical frames, while the robot moves, that mean a frozen camera; 0: never.
+    frozen_after: seconds of identical frames, while the robot moves, that mean a frozen camera; 0: never
+        (a simulated camera has no noise, so nothing can be told from identical frames).
     """
 
     name: str

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from hybrid_policy.control.chunk_record import chunk_record
 from hybrid_policy.control.chunk_timeline import Seam
 from hybrid_policy.control.cycle import ControlCycle, CycleResult
+from hybrid_policy.control.hold import hold_position
 from hybrid_policy.control.latency import LatencyRecorder
 from hybrid_policy.control.observation_buffer import ObservationBuffer, Snapshot
 from hybrid_policy.control.watchdog import ClockMonitor, Fault, Watchdog
@@ -31,6 +32,7 @@ from hybrid_policy.ros.loop_state import (
     HOLDING,
     PAUSED,
     RUNNING,
+    STOPPED,
     WAITING,
     LoopSettings,
     LoopStatus,
@@ -100,7 +102,7 @@ class ControlLoop:
         with self._lock:
             self._stop.set()
             if self.status.state != FAILED:
-                self._enter_hold(reason, PAUSED)
+                self._enter_hold(reason, STOPPED)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout)
@@ -164,14 +166,17 @@ class ControlLoop:
             self.inferring_since = 0
         after = time.monotonic_ns()
         with self._lock:
+            finished = self.clock()
             discard = self._why_discard(observation)
             if discard:
                 self.status.discarded += 1
                 self.reports.warn("discard", f"chunk discarded: {discard}")
-                return
-            finished = self.clock()
-            result = self.cycle.accept(observation, chunk, started, finished, previous=previous, noise=noise)
-            self._take(result, finished)
+                result = CycleResult(observation, chunk, started, finished, reason=f"discarded: {discard}")
+            else:
+                result = self.cycle.accept(
+                    observation, chunk, started, finished, previous=previous, noise=noise
+                )
+                self._take(result, finished)
         done = time.monotonic_ns()
         self._errors_in_row = 0
         self._record(result, chunk, snapshot, (began, before, after, done))
@@ -349,22 +354,6 @@ class ControlLoop:
             return None
         return newest[1][robot.command_index]
 
-    def _hold_position(self, now: int) -> NDArray[np.float64] | None:
-        limits = self.cycle.robot.limits
-        if self.cycle.robot.command.interface == "twist":
-            still = np.zeros(len(limits.names))
-            if len(still) > 6 and self._commanded is not None:
-                still[6] = self._commanded[6]
-            return still
-        measured, commanded = self._measured(now), self._commanded
-        if commanded is None or (
-            measured is not None and float(np.abs(measured - commanded).max()) > self.settings.hold_tolerance
-        ):
-            position = measured
-        else:
-            position = commanded
-        return None if position is None else np.clip(position, limits.lower, limits.upper)
-
     def _enter_hold(self, reason: str, state: str) -> None:
         """Stop the robot where it is told to be now, and say why. Called under the lock."""
         moving = self.status.state == RUNNING
@@ -378,7 +367,9 @@ class ControlLoop:
         now = self.clock()
         if self.cycle.robot.timeouts.action == "none":
             return
-        position = self._hold_position(now)
+        position = hold_position(
+            self.cycle.robot, self._commanded, self._measured(now), self.settings.hold_tolerance
+        )
         if position is None:
             self.reports.error("hold", "cannot hold: the robot's position is not known, nothing sent")
             return

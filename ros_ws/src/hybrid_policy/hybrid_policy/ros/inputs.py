@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -41,17 +42,11 @@ class Inputs:
     ) -> None:
         self.buffer = buffer
         self._node, self._reports = node, reports
-        self._subscriptions = [
-            node.create_subscription(
-                CompressedImage if camera.type == "compressed" else Image,
-                camera.topic,
-                self._safely(
-                    camera.name, lambda message, name=camera.name: buffer.receive_image(name, message)
-                ),
-                SENSOR,
-            )
-            for camera in cameras
-        ]
+        self._subscriptions = []
+        for camera in cameras:
+            kind = CompressedImage if camera.type == "compressed" else Image
+            image = self._safely(camera.name, functools.partial(buffer.receive_image, camera.name))
+            self._subscriptions.append(node.create_subscription(kind, camera.topic, image, SENSOR))
         joints = self._safely("joints", buffer.receive_joints)
         depth = QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT)
         self._subscriptions.append(

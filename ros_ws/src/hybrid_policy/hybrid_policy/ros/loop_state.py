@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from hybrid_policy.control.chunk_timeline import Seam
 from hybrid_policy.control.watchdog import Fault
 
-WAITING, RUNNING, HOLDING, PAUSED, FAILED = "waiting", "running", "holding", "paused", "failed"
+WAITING, RUNNING, HOLDING = "waiting", "running", "holding"
+PAUSED, STOPPED, FAILED = "paused", "stopped", "failed"
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ PARAMETERS = (
     Parameter("future_tolerance", 0.1, "Seconds by which a stamp may lie ahead of the clock.", 0.0, 10.0),
     Parameter(
         "joint_margin",
-        0.1,
+        0.5,
         "Share of a joint's range by which a reading may lie outside its limits; beyond: a sensor fault.",
         0.0,
         1.0,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.errors import InputError
@@ -71,46 +72,28 @@ def load_policy(
 
 
 def write_random_checkpoint(folder: Path, robot: RobotFile, seed: int) -> None:
-    """A pi0.5 of the real architecture and a million parameters, for any robot file; weights are random."""
-    import tokenizers
-    import torch
+    """Random weights for a robot file, whose actions lie in the middle half of each joint's range."""
+    from hybrid_policy.runtime.random_policy import random_checkpoint
 
-    from hybrid_policy.models.checkpoint_writer import save_checkpoint
-    from hybrid_policy.models.config import GemmaConfig, Pi05Config, VisionConfig
-    from hybrid_policy.models.pi05 import Pi05
-
-    alphabet = {chr(code): code for code in range(32, 127)} | {"\n": 0, "<unk>": 1}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(alphabet, unk_token="<unk>"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    config = Pi05Config(
-        vision=VisionConfig(width=64, depth=2, mlp_dim=128, heads=2, patch=14),
-        prefix=GemmaConfig(width=128, depth=2, mlp_dim=256, heads=4, kv_heads=1, head_dim=32),
-        expert=GemmaConfig(width=64, depth=2, mlp_dim=128, heads=4, kv_heads=1, head_dim=32),
-        vocab_size=128,
-        image_size=56,
-        cameras=tuple(camera.name for camera in robot.cameras),
-        action_dim=len(robot.action_names),
-        state_dim=len(robot.state_names),
-        max_action_dim=max(32, len(robot.action_names)),
-        max_state_dim=max(32, len(robot.state_names)),
-    )
-    torch.manual_seed(seed)
-    network = Pi05(config)
-    # Half of each range about its middle, in the checkpoint's numbers, so that what is drawn can be reached.
     low = np.array([joint.min if joint.min is not None else -1.0 for joint in robot.joints])
     high = np.array([joint.max if joint.max is not None else 1.0 for joint in robot.joints])
-    ends = [robot.state(low), robot.state(high)]
-    state = {"q01": np.minimum(*ends), "q99": np.maximum(*ends)}
     if robot.command.interface == "twist":
-        bound = np.full(len(robot.action_names), 0.2, np.float32)
-        action = {"q01": -bound, "q99": bound}
+        ends = (np.full(len(robot.action_names), -0.2), np.full(len(robot.action_names), 0.2))
     else:
         middle, reach = 0.5 * (low + high)[robot.command_index], 0.25 * (high - low)[robot.command_index]
-        ends = [robot.actions(middle - reach), robot.actions(middle + reach)]
-        action = {"q01": np.minimum(*ends), "q99": np.maximum(*ends)}
-    file = folder / "tokenizer.json"
-    model.save(str(file))
-    save_checkpoint(folder, network, config, {"state": state, "action": action}, file)
+        ends = (robot.actions(middle - reach), robot.actions(middle + reach))
+    random_checkpoint(
+        folder,
+        cameras=[camera.name for camera in robot.cameras],
+        state_range=_ranges(robot.state(low), robot.state(high)),
+        action_range=_ranges(*ends),
+        horizon=50,
+        seed=seed,
+    )
+
+
+def _ranges(first: NDArray[np.floating], second: NDArray[np.floating]) -> list[tuple[float, float]]:
+    return list(zip(np.minimum(first, second).tolist(), np.maximum(first, second).tolist()))
 
 
 def warm_up(policy: Policy, robot: RobotFile, runs: int = 2) -> None:

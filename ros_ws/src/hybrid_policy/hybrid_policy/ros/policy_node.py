@@ -9,7 +9,6 @@ in a state that says so, with the robot held. ``~/pause`` (std_srvs/SetBool), ``
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import threading
@@ -30,19 +29,18 @@ from rclpy.signals import SignalHandlerOptions
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
-from hybrid_policy.control.cycle import ControlCycle, CycleResult, CycleSettings
+from hybrid_policy.control.cycle import ControlCycle, CycleResult
 from hybrid_policy.control.latency import LatencyRecorder
 from hybrid_policy.control.observation_buffer import ObservationBuffer
 from hybrid_policy.control.robot_file import RobotFile, check_fit
 from hybrid_policy.control.watchdog import ClockMonitor, Watchdog
 from hybrid_policy.errors import InputError
 from hybrid_policy.models.observation import Policy
-from hybrid_policy.ros import parameters, real_time
+from hybrid_policy.ros import parameters, real_time, settings
 from hybrid_policy.ros.control_loop import ControlLoop
 from hybrid_policy.ros.diagnostics import Diagnostics, engine_values, idle_status, shadow_status, status_line
 from hybrid_policy.ros.inputs import Inputs, await_robot_description
 from hybrid_policy.ros.log import ThrottledLog
-from hybrid_policy.ros.loop_state import LoopSettings
 from hybrid_policy.ros.outputs import make_output
 from hybrid_policy.ros.policy_loading import find_checkpoint, load_policy, warm_up
 from hybrid_policy.ros.shadow import ShadowCheck
@@ -126,18 +124,14 @@ class PolicyNode(LifecycleNode):
             self._shadow = ShadowCheck(
                 shadow, values["shadow.every"], values["shadow.threshold"], self._on_shadow_below
             )
-        thresholds = {
-            name.removeprefix("diagnostics."): value
-            for name, value in values.items()
-            if name.startswith("diagnostics.")
-        }
-        self._diagnose = Diagnostics(self._name(), self.robot.name, thresholds)
+        limits = settings.thresholds(values)
+        self._diagnose = Diagnostics(self._name(), self.robot.name, limits)
         cameras = self.robot.policy_cameras(policy.spec)
         buffer = ObservationBuffer(self.robot, cameras, values["joint_margin"])
         if values["prompt"].strip():
             buffer.set_prompt(values["prompt"])
         self._output = make_output(self, self.robot, policy.spec.horizon, values["dry_run"])
-        self._recorder = LatencyRecorder(self._log_path())
+        self._recorder = LatencyRecorder(settings.log_path(values["latency_log"], self.get_name()))
         if self._recorder.error:
             self.reports.error("log", f"latency_log: {self._recorder.error}; going on without it")
         self._inputs = Inputs(self, self.robot, buffer, cameras, self.reports)
@@ -146,42 +140,17 @@ class PolicyNode(LifecycleNode):
             f"{getattr(policy, 'description', type(policy).__name__)}"
         )
 
-    def _log_path(self) -> Path | None:
-        where = self.values["latency_log"]
-        if where == "auto":
-            home = Path(os.environ.get("ROS_HOME", Path.home() / ".ros"))
-            return home / "hybrid_policy" / f"latency-{self.get_name()}-{os.getpid()}.jsonl"
-        return Path(where).expanduser() if where else None
-
     def _make_loop(self, policy: Policy, buffer: ObservationBuffer) -> ControlLoop:
         values = self.values
         assert self._recorder is not None
-        cycle = ControlCycle(
-            self.robot,
-            policy,
-            CycleSettings(
-                chunking=values["chunking"],
-                blend=values["blend"],
-                ensemble_weight=values["ensemble_weight"],
-                delay_window=values["delay_window"],
-                seed=values["seed"],
-            ),
-        )
+        cycle = ControlCycle(self.robot, policy, settings.cycle_settings(values))
         simulated = self.get_parameter("use_sim_time").value
         return ControlLoop(
             cycle,
             buffer,
             self._output,
             Watchdog(self.robot.timeouts, values["output_timeout"], values["future_tolerance"]),
-            LoopSettings(
-                inference_period=round(1e9 / values["inference_rate"]),
-                tick_period=round(1e9 / self.robot.command.rate),
-                hold_tolerance=values["hold_tolerance"],
-                tracking_tolerance=values["tracking_tolerance"],
-                max_errors=values["max_errors"],
-                fifo_priority=values["rt.fifo_priority"],
-                cpu_affinity=tuple(values["rt.cpu_affinity"]),
-            ),
+            settings.loop_settings(values, self.robot),
             clock=self.now,
             clock_monitor=ClockMonitor(fastest=FASTEST_SIMULATION if simulated else 1.0),
             recorder=self._recorder,
