@@ -47,6 +47,14 @@ class Recorded:
         due = chunk.stamp + self._robot.period * np.arange(len(chunk.actions), dtype=np.int64)
         return self.sample(due, chunk.segment)
 
+    def during(self, times: Sequence[int], segments: Sequence[int]) -> Array:
+        """float64 [ticks, commands]: what was recorded at ticks of known segments."""
+        at, owner = np.array(times, dtype=np.int64), np.array(segments)
+        told = np.full((len(at), len(self._robot.command_names)), np.nan)
+        for segment in np.unique(owner):
+            told[owner == segment] = self.sample(at[owner == segment], int(segment))
+        return told
+
     def score(self, chunk: ReplayedChunk) -> float:
         """Mean absolute error of one chunk; NaN where nothing is known."""
         error = np.abs(chunk.commands - self.at(chunk))
@@ -226,13 +234,8 @@ def tracking(known: Survey, robot: RobotFile) -> dict[str, Any]:
 def _executed(run: RecipeRun, recorded: Recorded) -> tuple[float, float] | None:
     if not run.executed:
         return None
-    times, segments = np.array(run.executed_times, dtype=np.int64), np.array(run.executed_segments)
-    commands = np.stack(run.executed)
-    told = np.full(commands.shape, np.nan)
-    for segment in np.unique(segments):
-        chosen = segments == segment
-        told[chosen] = recorded.sample(times[chosen], int(segment))
-    error = np.abs(commands - told)
+    told = recorded.during(run.executed_times, run.executed_segments)
+    error = np.abs(np.stack(run.executed) - told)
     if not np.isfinite(error).any():
         return None
     return float(np.nanmean(error)), float(np.nanmax(error))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from types import TracebackType
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 _PATIENCE = 2.0
@@ -46,3 +47,45 @@ def _bar(unit: str):  # type: ignore[no-untyped-def]
         console=Console(stderr=True),
         transient=True,
     )
+
+
+class Bar:
+    """A bar of a fraction, for work that reports how far it is; lines said stand above it, on stderr."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._started = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, fraction: float, text: str) -> None:
+        """Show ``fraction`` (0 to 1) done and what is being done; nothing in the first two seconds."""
+        if self._bar is None:
+            if not sys.stderr.isatty() or time.monotonic() - self._started < _PATIENCE:
+                return
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+                console=Console(stderr=True), transient=True,
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task(self._what, total=1.0)
+        self._bar.update(self._task, completed=fraction, description=text)
+
+    def say(self, line: str) -> None:
+        """One finished thing."""
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False)
+        else:
+            print(line, file=sys.stderr)

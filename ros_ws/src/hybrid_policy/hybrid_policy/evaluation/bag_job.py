@@ -1,0 +1,269 @@
+"""One bag as one task: everything it needs travels with it, everything it finds is left in a folder.
+
+The same function runs in this process, in a pool of processes (``--jobs``) and as a Ray task. A result
+that is whole and was made of the same bag, settings, robot file and checkpoint is not made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid_policy.control.robot_file import RobotFile
+from hybrid_policy.errors import InputError
+from hybrid_policy.evaluation import metrics
+from hybrid_policy.evaluation.bag import BagSource, disk_size, open_bag
+from hybrid_policy.evaluation.predictions import write_predictions
+from hybrid_policy.evaluation.replay import RecipeRun, Replay, ReplayedChunk, ReplaySettings, fit_robot
+from hybrid_policy.evaluation.survey import Survey, survey
+from hybrid_policy.evaluation.topic_match import match_topics
+from hybrid_policy.models.observation import Policy
+
+RESULT, SERIES = "result.json", "series.npz"
+#: (checkpoint, recipe, device) -> a policy; "module:function", so that a task can name it.
+ENGINE = "hybrid_policy.evaluation.policies:load_engine"
+#: (fraction done, what is being done)
+Tell = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class BagJob:
+    """What to replay and how. Paths are absolute.
+
+    name: of the bag in the report and of its folder. recipes: the first is the one that others are held
+    against. remap: robot file's topic -> bag's topic.
+    """
+
+    bag: Path
+    name: str
+    robot: Path
+    checkpoint: str
+    recipes: tuple[str, ...]
+    device: str
+    settings: ReplaySettings
+    output: Path
+    remap: Mapping[str, str] = field(default_factory=dict)
+    command_topic: str = ""
+    backend: str = "rosbags"
+    predictions: bool = True
+    policy: str = ENGINE
+
+    @property
+    def folder(self) -> Path:
+        """Where this bag's results go."""
+        return self.output / "bags" / self.name
+
+    def fingerprint(self) -> str:
+        """Of everything that the result follows from; 16 hex digits."""
+        parts = {k: v for k, v in asdict(self).items() if k not in ("output", "robot")}
+        parts["size"] = disk_size(self.bag) if self.bag.exists() else -1
+        parts["changed"] = _changed(self.bag)
+        parts["robot"] = self.robot.read_text("utf-8")
+        parts["checkpoint_changed"] = _changed(Path(self.checkpoint))
+        text = json.dumps(parts, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_job(job: BagJob, tell: Tell = lambda _fraction, _text: None) -> dict[str, Any]:
+    """Replay one bag with every recipe; what it found, also left in ``job.folder``.
+
+    Never raises for a bad bag: the result then has status ``failed`` and says why.
+    """
+    mark = job.fingerprint()
+    kept = read_result(job.folder)
+    if kept is not None and kept.get("fingerprint") == mark:
+        return kept
+    job.folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    try:
+        result, series = _replay(job, tell)
+    except InputError as error:
+        result, series = {"status": "failed", "lacks": str(error).splitlines(), "notes": [], "seconds": 0.0}, {}
+    result = {"name": job.name, "bag": str(job.bag), **result, "fingerprint": mark}
+    result.setdefault("measured", {})["wall_seconds"] = time.perf_counter() - began
+    with (job.folder / SERIES).open("wb") as file:
+        np.savez_compressed(file, **series)
+    partial = job.folder / (RESULT + ".part")
+    partial.write_text(json.dumps(clean(result), indent=1), "utf-8")
+    partial.replace(job.folder / RESULT)
+    return read_result(job.folder) or result
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """A finished result, or None."""
+    try:
+        return dict(json.loads((folder / RESULT).read_text("utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def _replay(job: BagJob, tell: Tell) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    robot = RobotFile.load(job.robot)
+    source = open_bag(job.bag, job.backend)
+    try:
+        tell(0.0, "reading the bag")
+        known = survey(source, robot, match_topics(robot, source.topics, job.remap, job.command_topic))
+        robot = fit_robot(robot, known)
+        result = _describe(known, robot, source)
+        series = _input_series(known)
+        if known.lacks or not job.recipes:
+            result["status"] = "inputs only"
+            return result, series
+        recorded = metrics.Recorded(known, robot)
+        runs = _runs(job, known, robot, source, recorded, tell)
+        result |= _measure(runs, robot, recorded)
+        result["status"] = "replayed"
+        if any(not run.chunks for run in runs):
+            result["status"] = "inputs only"
+            result["lacks"].append(_why_no_chunk(runs[0]))
+        result["problems"] = list(source.problems)
+        series |= _run_series(runs, recorded)
+        if job.predictions:
+            write_predictions(job.folder / "predictions", runs, robot, recorded)
+        return result, series
+    finally:
+        source.close()
+
+
+def _runs(
+    job: BagJob, known: Survey, robot: RobotFile, source: BagSource, recorded: metrics.Recorded, tell: Tell
+) -> list[RecipeRun]:
+    runs: list[RecipeRun] = []
+    for i, recipe in enumerate(job.recipes):
+        tell(i / len(job.recipes), f"{recipe}: loading")
+        policy = load_policy(job.policy, job.checkpoint, recipe, job.device)
+        score = _difference(runs[0]) if runs else recorded.score
+        replay = Replay(robot, policy, known, job.settings, recipe, score)
+        for seconds in replay.run(source):
+            share = seconds / known.seconds if known.seconds else 1.0
+            tell((i + min(share, 1.0)) / len(job.recipes), recipe)
+        runs.append(replay.run_record)
+    return runs
+
+
+def _difference(base: RecipeRun) -> Callable[[ReplayedChunk], float]:
+    by_key = {(c.segment, c.number, c.stamp): c for c in base.chunks}
+
+    def score(chunk: ReplayedChunk) -> float:
+        other = by_key.get((chunk.segment, chunk.number, chunk.stamp))
+        return float(np.abs(chunk.commands - other.commands).mean()) if other is not None else float("nan")
+
+    return score
+
+
+def load_policy(factory: str, checkpoint: str, recipe: str, device: str) -> Policy:
+    """The policy that ``factory`` ("module:function") makes; kept, as loading takes long."""
+    key = (factory, checkpoint, recipe, device)
+    if key not in _LOADED:
+        module, _, name = factory.partition(":")
+        _LOADED[key] = getattr(importlib.import_module(module), name)(checkpoint, recipe, device)
+    return _LOADED[key]
+
+
+_LOADED: dict[tuple[str, str, str, str], Policy] = {}
+
+
+def _describe(known: Survey, robot: RobotFile, source: BagSource) -> dict[str, Any]:
+    described = {
+        "seconds": known.seconds,
+        "clock": known.clock,
+        "lacks": known.lacks,
+        "notes": known.notes,
+        "problems": list(source.problems),
+        "topics": [
+            {"name": t.name, "type": t.type, "messages": t.count}
+            for t in sorted(source.topics.values(), key=lambda t: t.name)
+        ],
+        "joint_names": list(known.joint_names),
+        "inputs": [metrics.inputs(topic, known.start) for topic in known.topics.values()],
+        "recorded": {"source": known.actions.source, "messages": len(known.actions)},
+        "tracking": metrics.tracking(known, robot),
+    }
+    return described
+
+
+def _measure(runs: list[RecipeRun], robot: RobotFile, recorded: metrics.Recorded) -> dict[str, Any]:
+    found: dict[str, Any] = {"recipes": {}, "measured": {"latency": {}}}
+    for run in runs:
+        one = metrics.motion(run)
+        one["against_recorded"] = metrics.against_recorded(run, robot, recorded)
+        one["against_first"] = metrics.against_recipe(run, runs[0], robot) if run is not runs[0] else {}
+        one["drops"] = run.drops
+        one["worst"] = [{"chunk": m.number, "score": m.score} for m in run.worst]
+        found["recipes"][run.recipe] = one
+        found["measured"]["latency"][run.recipe] = metrics.latency(run)
+    return found
+
+
+def _why_no_chunk(run: RecipeRun) -> str:
+    if run.damaged:
+        text, count = run.damaged.most_common(1)[0]
+        return f"no inference could be run: {count} times an image could not be decoded: {text}"
+    if run.holds:
+        return f"no inference could be run; at the first start: {run.holds[0][1]}"
+    return "no inference could be run: cameras and joint states never came together"
+
+
+def _input_series(known: Survey) -> dict[str, NDArray[Any]]:
+    series: dict[str, NDArray[Any]] = {
+        "span": np.array([known.start, known.end], dtype=np.int64),
+        "joint_times": known.joint_times,
+        "joints": known.joints.astype(np.float32),
+    }
+    for topic in known.topics.values():
+        series[f"stamps/{topic.role}"] = np.array(topic.stamps, dtype=np.int64)
+    return series
+
+
+def _run_series(runs: list[RecipeRun], recorded: metrics.Recorded) -> dict[str, NDArray[Any]]:
+    series: dict[str, NDArray[Any]] = {}
+    for run in runs:
+        key = f"run/{run.recipe}/"
+        chunks = run.chunks
+        if not chunks:
+            continue
+        series[key + "stamps"] = np.array([c.stamp for c in chunks], dtype=np.int64)
+        series[key + "segments"] = np.array([c.segment for c in chunks], dtype=np.int64)
+        series[key + "accepted"] = np.array([c.accepted for c in chunks])
+        series[key + "commands"] = np.stack([c.commands for c in chunks]).astype(np.float32)
+        series[key + "recorded"] = np.stack([recorded.at(c) for c in chunks]).astype(np.float32)
+        series[key + "seams"] = np.array([c.seam for c in chunks])
+        series[key + "infer_ms"] = np.array([c.timings["infer"] * 1e3 for c in chunks])
+        series[key + "executed_times"] = np.array(run.executed_times, dtype=np.int64)
+        series[key + "executed"] = np.array(run.executed, dtype=np.float32)
+        series[key + "told"] = recorded.during(run.executed_times, run.executed_segments).astype(np.float32)
+        series[key + "holds"] = np.array([at for at, _ in run.holds], dtype=np.int64)
+        for rank, moment in enumerate(run.worst):
+            series[f"{key}worst/{rank}/number"] = np.array(moment.number)
+            for name, pixels in moment.pictures.items():
+                series[f"{key}worst/{rank}/picture/{name}"] = pixels
+    return series
+
+
+def clean(value: Any) -> Any:
+    """Plain JSON: numpy numbers to Python's, what is not finite to null."""
+    if isinstance(value, Mapping):
+        return {str(k): clean(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(v) for v in value]
+    if isinstance(value, (np.integer, np.bool_)):
+        return value.item()
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return value
+
+
+def _changed(path: Path) -> list[int]:
+    if not path.exists():
+        return []
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return [f.stat().st_mtime_ns for f in files]

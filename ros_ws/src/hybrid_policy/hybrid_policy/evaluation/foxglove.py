@@ -1,0 +1,84 @@
+"""A Foxglove layout for a recording and the predictions bag: cameras above, each joint's curves below."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hybrid_policy.control.robot_file import RobotFile
+from hybrid_policy.evaluation.figures import COLOURS, INK
+from hybrid_policy.evaluation.predictions import topic_name
+
+_PLOTS_A_ROW = 4
+
+
+def layout(robot: RobotFile, recipes: Sequence[str]) -> dict[str, Any]:
+    """The layout as Foxglove's "Import from file" reads it."""
+    panels: dict[str, Any] = {}
+    images = []
+    for i, camera in enumerate(robot.cameras):
+        key = f"Image!camera{i}"
+        panels[key] = {"imageMode": {"imageTopic": "/" + camera.topic.lstrip("/")}, "foxglovePanelTitle": camera.name}
+        images.append(key)
+    plots = []
+    for i, name in enumerate(robot.command_names):
+        key = f"Plot!joint{i}"
+        panels[key] = _plot(name, i, recipes)
+        plots.append(key)
+    rows = [_row(plots[at : at + _PLOTS_A_ROW], "row") for at in range(0, len(plots), _PLOTS_A_ROW)]
+    below = _row(rows, "column")
+    whole: Any = below
+    if images:
+        whole = {"direction": "column", "first": _row(images, "row"), "second": below, "splitPercentage": 32}
+    return {
+        "configById": panels,
+        "globalVariables": {},
+        "userNodes": {},
+        "playbackConfig": {"speed": 1},
+        "layout": whole,
+    }
+
+
+def write_layout(robot: RobotFile, recipes: Sequence[str], path: Path) -> None:
+    """Write the layout file."""
+    path.write_text(json.dumps(layout(robot, recipes), indent=1) + "\n", "utf-8")
+
+
+def _plot(name: str, index: int, recipes: Sequence[str]) -> dict[str, Any]:
+    curves = [("recorded", "/replay/recorded", INK)]
+    curves += [
+        (recipe, f"/replay/{topic_name(recipe)}/command", COLOURS[k % len(COLOURS)]) for k, recipe in enumerate(recipes)
+    ]
+    return {
+        "foxglovePanelTitle": name,
+        "paths": [
+            {
+                "value": f"{topic}.position[{index}]",
+                "label": label,
+                "color": colour,
+                "enabled": True,
+                "timestampMethod": "headerStamp",
+            }
+            for label, topic, colour in curves
+        ],
+        "showLegend": True,
+        "legendDisplay": "floating",
+        "isSynced": True,
+        "xAxisVal": "timestamp",
+        "showXAxisLabels": True,
+        "showYAxisLabels": True,
+    }
+
+
+def _row(items: Sequence[Any], direction: str) -> Any:
+    """Panels side by side as the binary tree that Foxglove wants, evenly wide."""
+    if len(items) == 1:
+        return items[0]
+    return {
+        "direction": direction,
+        "first": items[0],
+        "second": _row(items[1:], direction),
+        "splitPercentage": 100 / len(items),
+    }
