@@ -103,11 +103,15 @@ class Normalization:
             return d + np.float32(self.eps)
         return np.where(d == 0, np.float32(self.eps), d)
 
+    def _own(self, x: Floats) -> Floats:
+        """LeRobot works in float32; openpi in numpy's wider type of x and its float64 statistics."""
+        return x if self.style == "openpi" else x.astype(np.float32)
+
     def normalize(self, x: Floats) -> Floats:
         """[..., n] -> [..., n] in the style's own precision."""
         if self.mode == "identity":
             return x
-        x = x.astype(self.a.dtype)
+        x = self._own(x)
         if self.mode == "mean_std":
             return (x - self.a) / self._spread
         if self.style == "openpi":
@@ -118,7 +122,7 @@ class Normalization:
         """The way back; LeRobot's mean_std leaves eps out, as LeRobot does."""
         if self.mode == "identity":
             return x
-        x = x.astype(self.a.dtype)
+        x = self._own(x)
         if self.mode == "mean_std":
             return x * (self._spread if self.style == "openpi" else self.b) + self.a
         if self.style == "openpi":

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from hybrid_policy.models.config import GemmaConfig, Pi05Config, VisionConfig
 from hybrid_policy.models.pi05 import Pi05
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from hybrid_policy.cli import main
 from hybrid_policy.errors import InputError
 from hybrid_policy.models.checkpoint import load_checkpoint
 from hybrid_policy.models.flow import accumulated_times, step_times
 from hybrid_policy.models.golden import read_golden
+from safetensors.torch import load_file, save_file
 
 CASES = 3
 
@@ -90,7 +89,10 @@ def test_verify_finds_one_changed_weight(tiny_copy, capsys) -> None:
         (lambda g: g.pop("1.actions"), "1.actions: missing"),
         (lambda g: g.update({"0.noise": g["0.noise"][:, :5].clone()}), "0.noise"),
         (lambda g: [g.pop(k) for k in list(g) if k.startswith("2.") and "images" in k], "none of cam0, cam1"),
-        (lambda g: g.update({"0.observation.language.tokens": torch.full((1, 24), 5000)}), "ids from 0 to 1023"),
+        (
+            lambda g: g.update({"0.observation.language.tokens": torch.full((1, 24), 5000)}),
+            "ids from 0 to 1023",
+        ),
         (lambda g: [g.pop(k) for k in list(g) if k.endswith("noise")], "holds no case"),
     ],
 )

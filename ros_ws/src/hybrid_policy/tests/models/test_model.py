@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
 from hybrid_policy.errors import InputError
 from hybrid_policy.models.config import PI0_FULL, PI05_FULL, GemmaConfig, Pi05Config, small_config
 from hybrid_policy.models.flow import euler, real_time_guidance
@@ -69,12 +68,20 @@ def joint_velocity(model: Pi05, batch, x: torch.Tensor, t: torch.Tensor) -> torc
         for i, layer in enumerate(pair):
             groups = q[i].shape[2] // config.prefix.kv_heads
             seen_k, seen_v = keys.repeat_interleave(groups, 2), values.repeat_interleave(groups, 2)
-            scores = torch.einsum("bshd,bthd->bhst", rotate(q[i], places[i]), seen_k) / config.prefix.head_dim**0.5
+            scores = (
+                torch.einsum("bshd,bthd->bhst", rotate(q[i], places[i]), seen_k) / config.prefix.head_dim**0.5
+            )
             weights = scores.masked_fill(~rows[i][:, None], -1e30).softmax(-1)
-            h = streams[i] + layer.self_attn.o_proj(torch.einsum("bhst,bthd->bshd", weights, seen_v).flatten(2)) * gates[i]
+            h = (
+                streams[i]
+                + layer.self_attn.o_proj(torch.einsum("bhst,bthd->bshd", weights, seen_v).flatten(2))
+                * gates[i]
+            )
             y, gate = norm(layer.post_attention_layernorm, h)
             mlp = layer.mlp
-            streams[i] = h + mlp.down_proj(F.gelu(mlp.gate_proj(y), approximate="tanh") * mlp.up_proj(y)) * gate
+            streams[i] = (
+                h + mlp.down_proj(F.gelu(mlp.gate_proj(y), approximate="tanh") * mlp.up_proj(y)) * gate
+            )
     return model.action_out_proj(norm(model.expert.norm, streams[1])[0][:, -config.horizon :])
 
 
@@ -94,7 +101,12 @@ def test_last_prefix_layer_gives_only_keys_and_values(small_model, make_batch) -
     batch = make_batch(small_model.config)
     before = small_model.sample_actions(*batch.prefix, batch.noise, state=batch.state)
     last = small_model.prefix.layers[-1]
-    for module in (last.self_attn.q_proj, last.self_attn.o_proj, last.mlp.up_proj, last.post_attention_layernorm):
+    for module in (
+        last.self_attn.q_proj,
+        last.self_attn.o_proj,
+        last.mlp.up_proj,
+        last.post_attention_layernorm,
+    ):
         torch.nn.init.constant_(module.weight, math.nan)
     torch.nn.init.constant_(small_model.prefix.norm.weight, math.nan)
     assert torch.equal(small_model.sample_actions(*batch.prefix, batch.noise, state=batch.state), before)
@@ -137,7 +149,9 @@ def test_given_actions_stay_as_they_are(small_model, make_batch) -> None:
     actions = small_model.sample_actions(*arguments, state=batch.state, clean=given, clean_count=2)
     assert torch.equal(actions[:, :2], given[:, :2])
     free = small_model.sample_actions(*arguments, state=batch.state)
-    assert torch.equal(small_model.sample_actions(*arguments, state=batch.state, clean=given, clean_count=0), free)
+    assert torch.equal(
+        small_model.sample_actions(*arguments, state=batch.state, clean=given, clean_count=0), free
+    )
     assert not torch.allclose(actions[:, 2:], free[:, 2:], atol=1e-4)
 
 
