@@ -71,12 +71,25 @@ def dequantize(tensor: FP8Tensor, dtype: torch.dtype = torch.float32) -> torch.T
     return (tensor.values.float() * scale).to(dtype)
 
 
+def power_of_two_scale(amax: torch.Tensor) -> torch.Tensor:
+    """The least power of two ``s`` with ``amax / s <= 448``; NaN or Inf where amax is.
+
+    E4M3 is a floating format: a power of two costs no precision above its subnormals, multiplies exactly, and needs
+    no division in a kernel.
+    """
+    mantissa, exponent = torch.frexp(amax.float().nan_to_num(posinf=1.0))
+    # amax = mantissa * 2**exponent, mantissa in [0.5, 1); 448 = 0.875 * 2**9. The least normal bounds it below.
+    power = torch.where(mantissa == 0, -126, exponent - 9 + (mantissa > 0.875)).clamp(min=-126)
+    scale = torch.ldexp(torch.ones_like(mantissa), power)
+    return torch.where(torch.isfinite(amax), scale, amax)
+
+
 def quantize_activation(x: torch.Tensor, group: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise activations by token, the scale being amax / 448 of each group of ``group`` (all of K if None).
+    """Quantise activations by token, one power-of-two scale each group of ``group`` columns (all K if None).
 
     Args:
-        x: [M, K] floating point. The last group may be short. A NaN or an Inf makes its group's scale NaN or
-            Inf, and with it every product of that group: bad activations never turn into plausible numbers.
+        x: [M, K] floating point. The last group may be short. A NaN stays NaN; an Inf makes its group's scale
+            Inf: bad activations never turn into plausible numbers.
 
     Returns:
         (float8_e4m3fn [M, K], float32 scales [M, ceil(K / group)]).
@@ -85,9 +98,9 @@ def quantize_activation(x: torch.Tensor, group: int | None = None) -> tuple[torc
     group = k if group is None else group
     count = -(-k // group)
     wide = torch.nn.functional.pad(x.float(), (0, count * group - k)).reshape(m, count, group)
-    amax = wide.abs().amax(-1)
-    scale = torch.where(amax == 0, torch.ones_like(amax), amax / E4M3_MAX)
-    quantized = encode_e4m3(wide / scale.unsqueeze(-1)).reshape(m, count * group)[:, :k]
+    scale = power_of_two_scale(wide.abs().amax(-1))
+    divisor = torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
+    quantized = encode_e4m3(wide / divisor.unsqueeze(-1)).reshape(m, count * group)[:, :k]
     return quantized.contiguous(), scale
 
 

@@ -23,8 +23,10 @@ from hybrid_policy.kernels.linear import (
     Precision,
     Weight,
     describe,
+    device_of,
     prepare,
     quantized,
+    rounded_activation,
 )
 
 
@@ -146,9 +148,17 @@ class PackedGateUp(torch.nn.Module, ABC):
 
 
 def geglu_reference(
-    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, norm: NormPrologue | None
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    norm: NormPrologue | None,
+    precision: Precision = "bf16",
 ) -> torch.Tensor:
-    """The mathematics, in the dtype of ``gate``: [M, K], [F, K], [F, K] -> [M, F]."""
+    """The mathematics, in the dtype of ``gate``: [M, K], [F, K], [F, K] -> [M, F].
+
+    Activations are rounded where ``precision`` quantises them: x (times the norm's column factor), before the row
+    factor, which is a scalar of each token.
+    """
     wide = x.to(gate.dtype)
     row, shifts = 1.0, (0.0, 0.0)
     if norm is not None:
@@ -156,6 +166,11 @@ def geglu_reference(
         wide = wide * norm.factor.to(gate.dtype)
         if norm.gate_shift is not None and norm.up_shift is not None:
             shifts = (norm.gate_shift.to(gate.dtype), norm.up_shift.to(gate.dtype))
+    wide = (
+        rounded_activation(wide.float(), precision).to(gate.dtype)
+        if "a8" in precision or "a4" in precision
+        else wide
+    )
     g = (wide @ gate.T) * row + shifts[0]
     u = (wide @ up.T) * row + shifts[1]
     return torch.nn.functional.gelu(g, approximate="tanh") * u
@@ -180,7 +195,7 @@ class ReferenceGateUp(PackedGateUp):
         pdl: bool,
     ) -> None:
         """See :func:`geglu_reference`."""
-        h = geglu_reference(x, *self.effective_weights(), norm)
+        h = geglu_reference(x, *self.effective_weights(), norm, self.precision)
         out.copy_(h if out_scale is None else (h / out_scale).clamp(-448.0, 448.0))
 
     def effective_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,4 +222,13 @@ def prepare_gate_up(
         gate = nvfp4.quantize(gate, global_scale=shared, importance=importance)
         up = nvfp4.quantize(up, global_scale=shared, importance=importance)
     gate, up = quantized(gate, precision, importance), quantized(up, precision, importance)
-    return ReferenceGateUp(gate, up, precision)
+    if implementation == "auto":
+        implementation = "kernel" if device_of(gate).type == "cuda" else "reference"
+    if implementation == "reference":
+        return ReferenceGateUp(gate, up, precision)
+    from hybrid_policy.kernels.stream_layers import StreamGateUp
+    from hybrid_policy.kernels.w4a4 import W4A4GateUp
+
+    if precision == "nvfp4_w4a4":
+        return W4A4GateUp(gate, up)
+    return StreamGateUp(gate, up, precision)

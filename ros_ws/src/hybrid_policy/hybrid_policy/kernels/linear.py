@@ -20,6 +20,7 @@ import torch
 
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import fp8, nvfp4
+from hybrid_policy.kernels.nvfp4_activation import nvfp4_dequantize, nvfp4_reference
 
 Precision = Literal["bf16", "fp8_w8a8", "nvfp4_w4a16", "nvfp4_w4a4"]
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp8_w8a8", "nvfp4_w4a16", "nvfp4_w4a4")
@@ -57,16 +58,18 @@ class PackedLinear(torch.nn.Module, ABC):
         out: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
         gate: torch.Tensor | None = None,
+        x_scale: torch.Tensor | None = None,
         pdl: bool = False,
     ) -> torch.Tensor:
-        """``x`` [M, K] bf16 (contiguous) -> [M, N].
+        """``x`` [M, K] (contiguous) -> [M, N].
 
         Args:
-            x: activations; leading dimensions other than M are the caller's to flatten.
+            x: bf16 activations; or, with precision fp8_w8a8 only, float8_e4m3fn ones with ``x_scale``.
             out: written and returned if given (bf16 or fp32, [M, N], contiguous; may be ``residual`` itself);
                 else a new bf16 tensor.
             residual: [M, N] bf16 or fp32, added in fp32.
             gate: [N] fp32 or bf16 (adaRMS's gate row), multiplies y before the residual is added; needs ``residual``.
+            x_scale: float32 scalar tensor, the scale of FP8 activations (gate_up's ``out_scale``).
             pdl: launch as a stage of a programmatic-dependent-launch chain: weights are fetched before the wait
                 for the preceding kernel, and dependents may start early. On a route of a library's (cuBLAS) and
                 on the reference it changes nothing.
@@ -74,10 +77,10 @@ class PackedLinear(torch.nn.Module, ABC):
         Raises:
             InputError: a shape, dtype or layout that differs from the above.
         """
-        self.check(x, out, residual, gate)
+        self.check(x, out, residual, gate, x_scale)
         if out is None:
             out = torch.empty((x.shape[0], self.out_features), dtype=torch.bfloat16, device=x.device)
-        self.compute(x, out, residual, gate, pdl)
+        self.compute(x, out, residual, gate, x_scale, pdl)
         return out
 
     @abstractmethod
@@ -87,6 +90,7 @@ class PackedLinear(torch.nn.Module, ABC):
         out: torch.Tensor,
         residual: torch.Tensor | None,
         gate: torch.Tensor | None,
+        x_scale: torch.Tensor | None,
         pdl: bool,
     ) -> None:
         """Fill ``out``; the arguments have been checked."""
@@ -105,12 +109,16 @@ class PackedLinear(torch.nn.Module, ABC):
         out: torch.Tensor | None,
         residual: torch.Tensor | None,
         gate: torch.Tensor | None,
+        x_scale: torch.Tensor | None,
     ) -> None:
         """Raise InputError unless a call's arguments fit."""
         if x.ndim != 2 or x.shape[1] != self.in_features or not x.is_contiguous():
             raise InputError.at("linear", "x", describe(x), f"contiguous [M, {self.in_features}]")
-        if x.dtype != torch.bfloat16:
+        if x_scale is None and x.dtype != torch.bfloat16:
             raise InputError.at("linear", "x.dtype", x.dtype, "bfloat16")
+        if x_scale is not None and (self.precision != "fp8_w8a8" or x.dtype != torch.float8_e4m3fn):
+            got = f"{x.dtype} in a {self.precision} layer"
+            raise InputError.at("linear", "x with x_scale", got, "float8_e4m3fn in an fp8_w8a8 layer")
         if gate is not None and residual is None:
             raise InputError.at("linear", "residual", None, "a residual with the gate")
         shape = (x.shape[0], self.out_features)
@@ -154,10 +162,6 @@ class ReferenceLinear(PackedLinear):
         super().__init__(weight.shape[0], weight.shape[1], bias)
         self.precision = precision
         self.route = f"reference: PyTorch, {precision} arithmetic in float32"
-        #: Activations are quantised by token in groups of this many (None: not at all).
-        self.activation: Literal["none", "fp8", "nvfp4"] = {"fp8_w8a8": "fp8", "nvfp4_w4a4": "nvfp4"}.get(  # type: ignore[assignment]
-            precision, "none"
-        )
         if isinstance(weight, nvfp4.NVFP4Tensor):
             wide = nvfp4.dequantize(weight)
         elif isinstance(weight, fp8.FP8Tensor):
@@ -172,19 +176,25 @@ class ReferenceLinear(PackedLinear):
         out: torch.Tensor,
         residual: torch.Tensor | None,
         gate: torch.Tensor | None,
+        x_scale: torch.Tensor | None,
         pdl: bool,
     ) -> None:
         """Float32 throughout; activations quantised first where the precision says so."""
-        wide = x.float()
-        if self.activation == "fp8":
-            wide = fp8.dequantize_activation(*fp8.quantize_activation(x, ACTIVATION_GROUP), ACTIVATION_GROUP)
-        elif self.activation == "nvfp4":
-            wide = nvfp4.dequantize(nvfp4.quantize(x.float(), rule="max"))
+        wide = x.float() * x_scale if x_scale is not None else rounded_activation(x.float(), self.precision)
         epilogue(wide @ self.effective_weight().T, out, self.bias, residual, gate)
 
     def effective_weight(self) -> torch.Tensor:
         """Held as it is."""
         return self.get_buffer("weight")
+
+
+def rounded_activation(x: torch.Tensor, precision: Precision) -> torch.Tensor:
+    """Float32 [M, K] as ``precision`` sees it: quantised and dequantised where it quantises activations."""
+    if precision == "fp8_w8a8":
+        return fp8.dequantize_activation(*fp8.quantize_activation(x, ACTIVATION_GROUP), ACTIVATION_GROUP)
+    if precision == "nvfp4_w4a4":
+        return nvfp4_dequantize(nvfp4_reference(x))
+    return x
 
 
 #: FP8 activations have one scale a token and this many k (the small-M kernel quantises as it loads).
@@ -209,12 +219,27 @@ def quantized(weight: Weight, precision: Precision, importance: torch.Tensor | N
     return nvfp4.quantize(weight, importance=importance)
 
 
+def device_of(weight: Weight) -> torch.device:
+    """Where a weight lies."""
+    if isinstance(weight, nvfp4.NVFP4Tensor):
+        return weight.codes.device
+    return weight.values.device if isinstance(weight, fp8.FP8Tensor) else weight.device
+
+
 Builder = Callable[[Weight, torch.Tensor | None], PackedLinear]
 
 
 def kernel_table() -> dict[Precision, Builder]:
     """precision -> the builder of its GPU implementation. A new precision is a line here and a file."""
-    return {}
+    from hybrid_policy.kernels.stream_layers import StreamLinear
+    from hybrid_policy.kernels.w4a4 import W4A4Linear
+
+    return {
+        "bf16": lambda weight, bias: StreamLinear(weight, "bf16", bias),
+        "fp8_w8a8": lambda weight, bias: StreamLinear(weight, "fp8_w8a8", bias),
+        "nvfp4_w4a16": lambda weight, bias: StreamLinear(weight, "nvfp4_w4a16", bias),
+        "nvfp4_w4a4": W4A4Linear,
+    }
 
 
 def prepare(
@@ -242,7 +267,7 @@ def prepare(
     if precision not in PRECISIONS:
         raise InputError.at("linear.prepare", "precision", precision, f"one of {', '.join(PRECISIONS)}")
     weight = quantized(weight, precision, importance)
-    device = weight.device if isinstance(weight, torch.Tensor) else next(iter(vars(weight).values())).device
+    device = device_of(weight)
     if implementation == "auto":
         implementation = "kernel" if device.type == "cuda" else "reference"
         logger.debug("%s %s on %s: %s", precision, tuple(weight.shape), device, implementation)

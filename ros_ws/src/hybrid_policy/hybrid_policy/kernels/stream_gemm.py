@@ -1,0 +1,313 @@
+"""The small-M product: activations stay, weights stream through once. One kernel, three weight formats.
+
+``y = x W^T`` for x [M, K] bf16 (or FP8 with one scale) and W in bf16, FP8 (a scale a row) or NVFP4 (slabs, see
+packing.py), with the epilogues that the model needs. A program computes ``BM (+ BM2)`` tokens x ``BN`` weight rows.
+
+- NVFP4 is decoded between load and tensor core, so W never exists in bf16 outside the chip.
+- FP8 weights get activations quantised as they are loaded: one scale a token and ``BK`` = 128 columns, partial
+  products scaled in float32. No quantisation kernel runs, and the scale is finer than one a token.
+- SWAP makes W the register operand (A) of the tensor core and x^T the shared one: the product runs asynchronously
+  under the next tile's decode. Without SWAP, W is decoded into shared memory, which all warps then share.
+- SPLIT > 1 cuts K; each part writes a float32 tile, and the last to arrive adds the parts in their order (the result
+  does not depend on who that was) and runs the epilogue.
+- PDL: weights are prefetched into L2 before the wait for the preceding kernel.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hybrid_policy.kernels.decode import fp8_group, gelu_tanh, nvfp4_tile, prefetch_lines, round_e4m3
+
+
+@triton.jit
+def _load_x(x_ptr, m, k, M, K: tl.constexpr, EVEN_K: tl.constexpr, X_FP8: tl.constexpr, EXACT: tl.constexpr):
+    mask = (m < M)[:, None]
+    if not EVEN_K:
+        mask = mask & (k < K)[None, :]
+    x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=mask, other=0.0)
+    if EXACT:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _norm_x(x, squares, factor, BM: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr):
+    """(x * factor, running sums of x^2 [BM, BK/8]); eight neighbours lie in one thread, so they are added first."""
+    wide = x.to(tl.float32)
+    squares += tl.sum((wide * wide).reshape(BM, BK // 8, 8), axis=2)
+    wide = wide * factor.to(tl.float32)[None, :]
+    if EXACT:
+        return wide, squares
+    else:
+        return wide.to(tl.bfloat16), squares
+
+
+@triton.jit
+def _product(x, w, acc, SWAP: tl.constexpr, EXACT: tl.constexpr):
+    if EXACT:
+        precision: tl.constexpr = "ieee"
+    else:
+        precision: tl.constexpr = "tf32"
+    if SWAP:
+        return tl.dot(w, tl.trans(x), acc, input_precision=precision)
+    else:
+        return tl.dot(x, tl.trans(w), acc, input_precision=precision)
+
+
+@triton.jit
+def _product_fp8(x, w, acc, SWAP: tl.constexpr, X_FP8: tl.constexpr, EXACT: tl.constexpr):
+    """acc + (E4M3 of x) W^T; x bf16 is quantised here by token."""
+    if X_FP8:
+        quantized = x
+    else:
+        quantized, scale = fp8_group(x.to(tl.float32), EXACT)
+    if EXACT:
+        w = w.to(tl.float32)
+    # A fresh accumulator each group: the hardware's own FP8 accumulation keeps only some 14 bits.
+    if SWAP:
+        part = tl.dot(w, tl.trans(quantized), input_precision="ieee")
+        if X_FP8:
+            return acc + part
+        else:
+            return acc + part * scale[None, :]
+    else:
+        part = tl.dot(quantized, tl.trans(w), input_precision="ieee")
+        if X_FP8:
+            return acc + part
+        else:
+            return acc + part * scale[:, None]
+
+
+@triton.jit
+def _finish(
+    acc,
+    squares,
+    m,
+    pid_n,
+    row_scale_ptr,
+    out_ptr,
+    bias_ptr,
+    residual_ptr,
+    gate_ptr,
+    out_scale_ptr,
+    gate_shift_ptr,
+    up_shift_ptr,
+    M,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    GEGLU: tl.constexpr,
+    NORM: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """The epilogue on a float32 [BM, BN]."""
+    n = pid_n * BN + tl.arange(0, BN)
+    if row_scale_ptr is not None:
+        acc = acc * tl.load(row_scale_ptr + n, mask=n < N, other=0.0)[None, :]
+    if NORM:
+        row = tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
+        acc = acc * row[:, None]
+    if GEGLU:
+        F: tl.constexpr = N // 2
+        f = pid_n * (BN // 2) + tl.arange(0, BN // 2)
+        gate, up = tl.split(acc.reshape(BM, BN // 2, 2))
+        if gate_shift_ptr is not None:
+            gate += tl.load(gate_shift_ptr + f, mask=f < F, other=0.0)[None, :]
+            up += tl.load(up_shift_ptr + f, mask=f < F, other=0.0)[None, :]
+        y = gelu_tanh(gate) * up
+        mask = (m < M)[:, None] & (f < F)[None, :]
+        at = m[:, None] * F + f[None, :]
+        if out_scale_ptr is not None:
+            y = y / tl.load(out_scale_ptr)
+            if EXACT:
+                y = round_e4m3(y)
+        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        mask = (m < M)[:, None] & (n < N)[None, :]
+        at = m[:, None] * N + n[None, :]
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
+        if gate_ptr is not None:
+            acc = acc * tl.load(gate_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        if residual_ptr is not None:
+            acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _prefetch_weights(
+    w_ptr,
+    scale_ptr,
+    pid_n,
+    k_begin,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    KS: tl.constexpr,
+    BN: tl.constexpr,
+    NVFP4: tl.constexpr,
+    BYTES: tl.constexpr,
+    LINES: tl.constexpr,
+):
+    """The first LINES cache lines of this program's weights (all of them if they are fewer)."""
+    line = tl.arange(0, LINES)
+    if NVFP4:
+        slab = k_begin // 256 + line // BN
+        row = pid_n * BN + line % BN
+        prefetch_lines(w_ptr, (slab * N + row) * 128)
+        # Sixteen bytes a row: one line in eight rows.
+        few = tl.arange(0, LINES // 8)
+        slab = k_begin // 256 + few // (BN // 8)
+        prefetch_lines(scale_ptr, (slab * N + pid_n * BN + few % (BN // 8) * 8) * 16)
+    else:
+        per_row: tl.constexpr = KS * BYTES // 128
+        row = pid_n * BN + line // per_row
+        prefetch_lines(w_ptr, (row * K + k_begin) * BYTES + line % per_row * 128)
+
+
+@triton.jit
+def stream_gemm(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    row_scale_ptr,
+    x_scale_ptr,
+    out_ptr,
+    bias_ptr,
+    residual_ptr,
+    gate_ptr,
+    out_scale_ptr,
+    factor_ptr,
+    gate_shift_ptr,
+    up_shift_ptr,
+    partial_ptr,
+    counter_ptr,
+    M,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GEGLU: tl.constexpr,
+    BM: tl.constexpr,
+    BM2: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SWAP: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """See the module. Grid: (token tiles * row tiles * SPLIT,), token tiles fastest so that weights are read once.
+
+    N counts weight rows (gate and up interleaved when GEGLU); NVFP4 slabs are padded to a multiple of 128 rows.
+    """
+    NORM: tl.constexpr = factor_ptr is not None
+    X_FP8: tl.constexpr = x_scale_ptr is not None
+    NVFP4: tl.constexpr = FORMAT == "nvfp4"
+    KS: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK) * BK
+    EVEN_K: tl.constexpr = K % (SPLIT * BK) == 0
+    ROWS: tl.constexpr = (N + 127) // 128 * 128
+    m_tiles = (M + BM + BM2 - 1) // (BM + BM2)
+    n_tiles: tl.constexpr = (N + BN - 1) // BN
+    pid = tl.program_id(0)
+    pid_m = pid % m_tiles
+    pid_n = (pid // m_tiles) % n_tiles
+    part = pid // (m_tiles * n_tiles)
+    k_begin = part * KS
+    if PDL:
+        if PREFETCH > 0:
+            if NVFP4:
+                _prefetch_weights(w_ptr, scale_ptr, pid_n, k_begin, ROWS, K, KS, BN, True, 0, PREFETCH)
+            else:
+                size: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
+                _prefetch_weights(w_ptr, scale_ptr, pid_n, k_begin, N, K, KS, BN, False, size, PREFETCH)
+        gdc_launch_dependents()
+        gdc_wait()
+    n = pid_n * BN + tl.arange(0, BN)
+    m = pid_m * (BM + BM2) + tl.arange(0, BM)
+    if SWAP:
+        acc = tl.zeros((BN, BM), tl.float32)
+    else:
+        acc = tl.zeros((BM, BN), tl.float32)
+    if NORM:
+        squares = tl.zeros((BM, BK // 8), tl.float32)
+    else:
+        squares = 0.0
+    if BM2 > 0:
+        tl.static_assert(SWAP)
+        m2 = pid_m * (BM + BM2) + BM + tl.arange(0, BM2)
+        acc2 = tl.zeros((BN, BM2), tl.float32)
+        if NORM:
+            squares2 = tl.zeros((BM2, BK // 8), tl.float32)
+        else:
+            squares2 = 0.0
+    for step in tl.range(0, KS // BK, num_stages=STAGES):
+        k0 = k_begin + step * BK
+        k = k0 + tl.arange(0, BK)
+        x = _load_x(x_ptr, m, k, M, K, EVEN_K, X_FP8, EXACT)
+        if BM2 > 0:
+            x2 = _load_x(x_ptr, m2, k, M, K, EVEN_K, X_FP8, EXACT)
+        if NORM:
+            factor = tl.load(factor_ptr + k, mask=k < K, other=0.0)
+            x, squares = _norm_x(x, squares, factor, BM, BK, EXACT)
+            if BM2 > 0:
+                x2, squares2 = _norm_x(x2, squares2, factor, BM2, BK, EXACT)
+        if NVFP4:
+            k8 = k0 // 8 + tl.arange(0, BK // 8)
+            k16 = k0 // 16 + tl.arange(0, BK // 16)
+            words = tl.load(w_ptr + n[:, None] * 32 + ((k8 // 32) * (ROWS * 32) + k8 % 32)[None, :])
+            scales = tl.load(scale_ptr + n[:, None] * 16 + ((k16 // 16) * (ROWS * 16) + k16 % 16)[None, :])
+            w = nvfp4_tile(words, scales, BN, BK, EXACT)
+        else:
+            if N % BN == 0 and EVEN_K:
+                w = tl.load(w_ptr + n[:, None] * K + k[None, :])
+            else:
+                w = tl.load(
+                    w_ptr + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0
+                )
+            if EXACT:
+                w = w.to(tl.float32)
+        if FORMAT == "fp8":
+            acc = _product_fp8(x, w, acc, SWAP, X_FP8, EXACT)
+        else:
+            acc = _product(x, w, acc, SWAP, EXACT)
+            if BM2 > 0:
+                acc2 = _product(x2, w, acc2, SWAP, EXACT)
+    if SWAP:
+        acc = tl.trans(acc)
+    if X_FP8:
+        acc = acc * tl.load(x_scale_ptr)
+    if SPLIT > 1:
+        # The part's tile, row-major [SPLIT, m_tiles * BM, n_tiles * BN].
+        width: tl.constexpr = n_tiles * BN
+        at = m[:, None] * width + n[None, :]
+        plane = m_tiles * BM * width
+        tl.store(partial_ptr + part * plane + at, acc)
+        tl.debug_barrier()
+        counter = counter_ptr + pid_n * m_tiles + pid_m
+        if tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1:
+            tl.debug_barrier()
+            acc = tl.load(partial_ptr + at, cache_modifier=".cg")
+            for other in tl.static_range(1, SPLIT):
+                acc += tl.load(partial_ptr + other * plane + at, cache_modifier=".cg")
+            _finish(
+                acc, squares, m, pid_n, row_scale_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, out_scale_ptr,
+                gate_shift_ptr, up_shift_ptr, M, eps, N, K, BM, BN, GEGLU, NORM, EXACT,
+            )  # fmt: skip
+            tl.store(counter, 0)
+    else:
+        _finish(
+            acc, squares, m, pid_n, row_scale_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, out_scale_ptr,
+            gate_shift_ptr, up_shift_ptr, M, eps, N, K, BM, BN, GEGLU, NORM, EXACT,
+        )  # fmt: skip
+        if BM2 > 0:
+            _finish(
+                tl.trans(acc2), squares2, m2, pid_n, row_scale_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr,
+                out_scale_ptr, gate_shift_ptr, up_shift_ptr, M, eps, N, K, BM2, BN, GEGLU, NORM, EXACT,
+            )  # fmt: skip
