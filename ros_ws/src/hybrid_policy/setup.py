@@ -40,7 +40,7 @@ setup(
             "ros-lifecycle-msgs",
             "ros-std-srvs",
         ],
-        "sim": ["mujoco", "imageio", "pillow"],  # and gym-aloha without its dependencies: see the Makefile
+        "sim": ["mujoco", "pillow"],  # and gym-aloha without its dependencies: see the Makefile
         "eval": ["rosbags", "matplotlib", "pyarrow", "av"],
         "ray": ["ray"],
         "test": ["pytest", "pytest-timeout", "hypothesis"],
