@@ -1,0 +1,276 @@
+"""The timeline, the guard and the cycle: what is due when, seams, limits, real-time chunking."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hybrid_policy.control.chunk_timeline import ChunkTimeline, Trajectory, monotone_velocities
+from hybrid_policy.control.cycle import ControlCycle, CycleSettings
+from hybrid_policy.control.ensembling import TemporalEnsemble
+from hybrid_policy.control.guard import Guard
+from hybrid_policy.control.hold import hold_position
+from hybrid_policy.control.robot_file import RobotFile
+from hybrid_policy.control.rtc import DelayEstimator, continuation
+from hybrid_policy.errors import InputError
+from hybrid_policy.models.observation import ActionChunk, Observation
+from hybrid_policy.sim import trajectory_controller as jtc
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .synthetic import ALOHA, HOME, TWO_JOINTS, RampPolicy, robot  # isort: skip
+
+MS = 1_000_000
+PERIOD = 50 * MS
+START = 10**9
+
+
+def observation(two: RobotFile, stamp: int, joints: Any) -> Observation:
+    joints = np.asarray(joints, np.float64)
+    return Observation({}, two.state(joints), "go", {"cam": stamp, "joints": stamp}, joints)
+
+
+def clock(*times: int) -> Any:
+    return iter(times).__next__
+
+
+def test_elapsed_actions_are_dropped_by_time() -> None:
+    timeline = ChunkTimeline(PERIOD, 0.0)
+    chunk = np.arange(10.0)[:, None]
+    plan = timeline.plan(START, chunk, START + 120 * MS, np.zeros(1))
+    assert plan is not None
+    assert plan.first == 3
+    np.testing.assert_allclose(plan.times, 0.05 * np.arange(3, 10) - 0.12)
+    np.testing.assert_allclose(plan.positions[:, 0], np.arange(3, 10))
+    # 5 ms before action 3: too near to be a segment of its own
+    assert timeline.plan(START, chunk, START + 145 * MS, np.zeros(1)).first == 4  # type: ignore[union-attr]
+    assert timeline.plan(START, chunk, START + 450 * MS, np.zeros(1)) is None
+
+
+def test_an_early_chunk_keeps_every_action() -> None:
+    plan = ChunkTimeline(PERIOD, 0.0).plan(START, np.zeros((4, 1)), START - 500 * MS, np.zeros(1))
+    assert plan is not None
+    assert plan.first == 0
+    np.testing.assert_allclose(plan.times, 0.5 + 0.05 * np.arange(4))
+
+
+def test_the_blend_starts_on_the_command_in_force() -> None:
+    timeline = ChunkTimeline(PERIOD, 0.2)
+    timeline.hold(START, np.array([1.0]))
+    plan = timeline.plan(START, np.zeros((20, 1)), START, np.array([5.0]))
+    assert plan is not None
+    assert plan.start_position[0] == 1.0  # the command, not the measured position
+    weights = 1.0 - plan.positions[:5, 0]
+    u = np.minimum(1.0, plan.times[:5] / 0.2)
+    np.testing.assert_allclose(weights, u * u * (3 - 2 * u), atol=1e-12)
+    np.testing.assert_allclose(plan.positions[4:, 0], 0.0, atol=1e-12)
+
+
+def test_without_a_command_the_robot_is_the_start() -> None:
+    plan = ChunkTimeline(PERIOD, 0.2).plan(START, np.ones((20, 1)), START, np.array([0.25]))
+    assert plan is not None
+    assert plan.start_position[0] == 0.25
+    assert plan.jump[0] == 0.75
+
+
+@given(st.lists(st.floats(-3, 3), min_size=2, max_size=30), st.floats(-3, 3))
+@settings(max_examples=200, deadline=None)
+def test_cubics_stay_between_their_points(values: list[float], start: float) -> None:
+    positions = np.array(values)[:, None]
+    times = 0.02 + 0.05 * np.arange(len(values))
+    velocities = monotone_velocities(times, positions, np.array([start]))
+    assert (velocities[-1] == 0).all()
+    curve = Trajectory(0, times, positions, velocities, np.array([start]), np.zeros(1))
+    knots = np.concatenate(([0.0], times))
+    heights = np.concatenate(([start], values))
+    for k in range(len(values)):
+        low, high = sorted(heights[k : k + 2])
+        for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+            at = knots[k] + share * (knots[k + 1] - knots[k])
+            position = curve.sample(round(at * 1e9))[0][0]
+            assert low - 1e-9 <= position <= high + 1e-9
+
+
+def test_the_timeline_is_what_the_controller_does() -> None:
+    """Chunks through our timeline and through the model of joint_trajectory_controller: the same curve."""
+    aloha = RobotFile.load(ALOHA)
+    cycle = ControlCycle(aloha, RampPolicy(aloha, slope=0.003), CycleSettings(chunking="off"))
+    controller = jtc.TrajectoryController(aloha.joint_names, HOME)
+    worst, now, measured = 0.0, START, HOME.copy()
+    for tick in range(1000):
+        now = START + tick * 2 * MS
+        if tick % 100 == 0:
+            result = cycle.run(observation(aloha, now - 60 * MS, measured), clock(now - 30 * MS, now))
+            assert result.trajectory is not None
+            points = [
+                jtc.TrajectoryPoint(round(t * 1e9), p, v)
+                for t, p, v in zip(
+                    result.trajectory.times, result.trajectory.positions, result.trajectory.velocities
+                )
+            ]
+            reason = controller.receive(jtc.Trajectory(aloha.command_names, points), now)
+            assert reason is None, reason
+        measured = controller.sample(now, measured, np.zeros(14))
+        worst = max(worst, float(np.abs(measured - cycle.timeline.sample(now)[0]).max()))  # type: ignore[index]
+    assert worst < 3e-4  # rad: a controller starts a trajectory from its sample before (2 ms of motion)
+
+
+def test_chunks_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    two = robot(tmp_path, TWO_JOINTS.replace("max_acceleration: 10.0", "max_jump: 0.3"))
+    policy = RampPolicy(two, horizon=10, slope=0.0)
+    cycle = ControlCycle(two, policy, CycleSettings())
+    seen = observation(two, START, [0.0, 0.05])
+    good = policy.infer(seen)
+    for actions, said in [
+        (np.full((10, 2), np.nan, np.float32), "nan given in step 0, value 0"),
+        (np.zeros((9, 2), np.float32), "shape (9, 2) given, expected (10, 2)"),
+        (good.actions + np.float32(0.5), "a +0.500 from the command now, expected within 0.3"),
+    ]:
+        result = cycle.accept(seen, replace(good, actions=actions), START, START)
+        assert result.trajectory is None
+        assert said in result.reason
+    late = cycle.accept(seen, good, START, START + 10**9)
+    assert "finished 1.000 s after its observation" in late.reason
+    assert cycle.timeline.current is None
+    assert cycle.guard.counts["refused"] == 3
+    assert cycle.guard.counts["late"] == 1
+
+
+@given(
+    chunks=st.lists(st.lists(st.floats(-4, 4), min_size=2, max_size=2), min_size=12, max_size=12),
+    start=st.tuples(st.floats(-1, 1), st.floats(0.0, 0.1)),
+)
+@settings(max_examples=150, deadline=None)
+def test_no_chunk_gets_past_the_limits(tmp_path_factory: Any, chunks: Any, start: Any) -> None:
+    two = robot(tmp_path_factory.mktemp("r"))
+    cycle = ControlCycle(two, RampPolicy(two, horizon=12), CycleSettings(chunking="off"))
+    limits, position, velocity = two.limits, np.array(start), np.zeros(2)
+    cycle.timeline.hold(START, position)
+    seen = observation(two, START, start)
+    actions = np.array(chunks, np.float32)
+    for swap in range(3):
+        now = START + swap * 130 * MS
+        chunk = ActionChunk(actions * (-1) ** swap, np.zeros((12, 32), np.float32), now, {})
+        position, velocity = cycle.timeline.sample(now)  # type: ignore[misc]
+        result = cycle.accept(seen, chunk, now, now)
+        assert result.trajectory is not None
+        path = np.vstack((position, result.trajectory.positions))
+        steps = np.diff(np.concatenate(([0.0], result.trajectory.times)))[:, None]
+        speeds = np.diff(path, axis=0) / steps
+        assert (path >= limits.lower - 1e-9).all()
+        assert (path <= limits.upper + 1e-9).all()
+        assert (np.abs(speeds) <= limits.velocity + 1e-5).all()
+        assert (np.abs(result.trajectory.velocities) <= limits.velocity + 1e-5).all()
+        changes = np.abs(np.diff(speeds[:, 0], prepend=velocity[0])) / steps[:, 0]
+        # the position limit comes first: braking is allowed to be harder only at it
+        inside = (path[1:, 0] < limits.upper[0] - 1e-6) & (path[1:, 0] > limits.lower[0] + 1e-6)
+        assert (changes[inside] <= 10.0 + 1e-3).all()
+    assert (result.guard.clipped) == bool(result.guard.joints)
+
+
+def test_the_guard_leaves_a_lawful_chunk_alone(tmp_path: Path) -> None:
+    two = robot(tmp_path)
+    cycle = ControlCycle(two, RampPolicy(two, slope=0.001), CycleSettings(chunking="off", blend=0.0))
+    result = cycle.run(observation(two, START, [0.0, 0.05]), clock(START, START + 10 * MS))
+    assert result.trajectory is not None
+    assert not result.guard.clipped
+    expected = two.commands(result.chunk.actions[result.first :])
+    np.testing.assert_array_equal(result.trajectory.positions, expected)
+
+
+def test_a_joint_outside_its_limits_is_led_back(tmp_path: Path) -> None:
+    two = robot(tmp_path)
+    timeline = ChunkTimeline(PERIOD, 0.0)
+    plan = timeline.plan(START, np.full((20, 2), 0.05), START, np.array([1.2, 0.05]))
+    assert plan is not None
+    positions, report = Guard(two.limits, 20, 2).limit(plan)
+    assert (np.diff(positions[:, 0]) <= 1e-12).all()
+    assert positions[0, 0] <= 1.2
+    assert report.velocity > 0
+    assert report.joints == ("a",)
+
+
+def test_rtc_gets_the_stamps_delay(tmp_path: Path) -> None:
+    two = robot(tmp_path)
+    policy = RampPolicy(two, slope=0.0)
+    cycle = ControlCycle(two, policy, CycleSettings(chunking="rtc"))
+    delays = [900, 130, 90, 90]  # ms from stamp to swap; the first is a cold start
+    for k, delay in enumerate(delays):
+        stamp = START + k * 250 * MS
+        cycle.run(observation(two, stamp, [0.0, 0.05]), clock(stamp, stamp + delay * MS))
+    first, second, third, fourth = policy.previous
+    assert first is None
+    assert second is None  # no delay is known yet: the cold start does not count
+    assert (third.consumed, third.delay) == (5, 3)
+    assert (fourth.consumed, fourth.delay) == (5, 3)  # the largest of the recent ones
+    cycle.hold(START + 10**9, np.array([0.0, 0.05]))
+    cycle.run(observation(two, START + 1250 * MS, [0.0, 0.05]), clock(START + 1250 * MS, START + 1300 * MS))
+    assert policy.previous[-1] is None  # after a hold the next chunk starts afresh
+
+
+@given(st.integers(0, 4_000), st.integers(0, 60), st.integers(2, 50))
+@settings(max_examples=300, deadline=None)
+def test_continuations_are_always_lawful(age_ms: int, delay: int, horizon: int) -> None:
+    chunk = ActionChunk(np.zeros((horizon, 2)), np.zeros((horizon, 32), np.float32), START, {})
+    made = continuation(chunk, START + age_ms * MS, PERIOD, delay)
+    if made is not None:
+        assert 0 <= made.delay <= made.consumed <= horizon - made.delay
+        assert made.delay <= delay
+
+
+def test_delays_are_a_window() -> None:
+    delays = DelayEstimator(3)
+    assert delays.steps(PERIOD) is None
+    for value in (400, 100, 20, 20):
+        delays.push(value * MS)
+    assert delays.steps(PERIOD) == 2
+    assert delays.steps(33 * MS) == 4  # in steps of the robot's own period
+
+
+def test_ensembling_averages_by_time() -> None:
+    ensemble = TemporalEnsemble(PERIOD, 0.1)
+    old = np.arange(8.0)[:, None]
+    np.testing.assert_array_equal(ensemble.add(START, old), old)
+    new = np.full((8, 1), 10.0)
+    mixed = ensemble.add(START + 125 * MS, new)[:, 0]  # two and a half steps later
+    w_old, w_new = 1.0, np.exp(-0.1)
+    expected = (w_old * 2.5 + w_new * 10.0) / (w_old + w_new)
+    assert mixed[0] == pytest.approx(expected)
+    assert mixed[5:].tolist() == [10.0, 10.0, 10.0]  # the old chunk does not reach so far
+
+
+def test_the_same_inputs_give_the_same_commands(tmp_path: Path) -> None:
+    def run() -> Any:
+        two = robot(tmp_path)
+        cycle = ControlCycle(two, RampPolicy(two), CycleSettings(seed=7))
+        return [
+            cycle.run(
+                observation(two, START + k * 200 * MS, [0.0, 0.05]), clock(START, START + k * 200 * MS + MS)
+            )
+            for k in range(4)
+        ]
+
+    for one, other in zip(run(), run()):
+        np.testing.assert_array_equal(one.noise, other.noise)
+        np.testing.assert_array_equal(one.trajectory.positions, other.trajectory.positions)
+    assert not np.array_equal(run()[0].noise, run()[1].noise)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    two = robot(tmp_path)
+    policy = RampPolicy(two)
+    policy.spec = replace(policy.spec, state_dim=7)
+    with pytest.raises(InputError, match=r"policy\.state"):
+        ControlCycle(two, policy, CycleSettings())
+
+
+def test_where_to_hold(tmp_path: Path) -> None:
+    two = robot(tmp_path)
+    command, near, far = np.array([0.5, 0.05]), np.array([0.45, 0.05]), np.array([0.0, 0.05])
+    assert hold_position(two, command, near, 0.2).tolist() == [0.5, 0.05]  # type: ignore[union-attr]
+    assert hold_position(two, command, far, 0.2).tolist() == [0.0, 0.05]  # type: ignore[union-attr]
+    assert hold_position(two, None, np.array([1.1, 0.05]), 0.2).tolist() == [1.0, 0.05]  # type: ignore[union-attr]
+    assert hold_position(two, None, None, 0.2) is None
