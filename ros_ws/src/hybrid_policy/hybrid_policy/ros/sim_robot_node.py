@@ -79,7 +79,7 @@ class SimRobotNode(Node):
         self._lock = threading.Lock()  # robot, controller, target and scene
         self._verdict = Verdict(False, False, {})
         self._solved_at: float | None = None
-        self._started = 0.0
+        self._started = self._status_due = 0.0
         self._scene_number = 0
         self._film = EpisodeFilm(Path(str(value["film"]))) if value["film"] else None
         self._stop = threading.Event()
@@ -205,15 +205,16 @@ class SimRobotNode(Node):
         return message
 
     def _judge(self) -> None:
-        """Publish the verdict when it changes; a new scene when its time is over."""
+        """Publish the verdict when it changes and every second; a new scene when its time is over."""
         verdict = judge(self._robot, self._target)
         now = self._now() * 1e-9
         if verdict.success and self._solved_at is None:
             self._solved_at = now
         changed = (verdict.success, verdict.wrong) != (self._verdict.success, self._verdict.wrong)
-        first = not self._verdict.heights
+        due = now >= self._status_due
         self._verdict = verdict
-        if changed or first:
+        if changed or due:
+            self._status_due = now + 1.0
             self._success.publish(Bool(data=verdict.success))
             self._status.publish(String(data=json.dumps(self._report())))
         if self._episode_timeout and now - self._started > self._episode_timeout:
