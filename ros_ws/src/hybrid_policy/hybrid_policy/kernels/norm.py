@@ -35,10 +35,16 @@ def add_norm_reference(
     bias: Tensor | None = None,
     gate: Tensor | None = None,
     out_scale: Tensor | None = None,
+    clean: Tensor | None = None,
     layer_norm: bool = False,
     eps: float = 1e-6,
 ) -> None:
     """The mathematics of `add_norm`, in plain PyTorch; the same arguments and effects."""
+    if clean is not None:
+        first = (torch.arange(x.shape[0], device=x.device) < clean)[:, None]
+        scale = torch.where(first, scale[1], scale[0])
+        shift = None if shift is None else torch.where(first, shift[1], shift[0])
+        gate = None if gate is None else torch.where(first, gate[1], gate[0])
     if addend is not None:
         y = addend.float()
         if row_scale is not None:
@@ -63,15 +69,21 @@ def add_norm_reference(
 
 @triton.jit
 def _add_norm_kernel(
-    x_ptr, out_ptr, scale_ptr, shift_ptr, y_ptr, row_ptr, bias_ptr, gate_ptr, out_scale_ptr,
+    x_ptr, out_ptr, scale_ptr, shift_ptr, y_ptr, row_ptr, bias_ptr, gate_ptr, out_scale_ptr, clean_ptr,
     width, y_stride, eps,
     BLOCK: tl.constexpr, LAYER_NORM: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_Y: tl.constexpr,
     HAS_ROW: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, QUANTISE: tl.constexpr,
-    PDL: tl.constexpr,
+    HAS_CLEAN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     inside = col < width
+    if HAS_CLEAN:  # the first rows take the second row of the modulation (flow time 0)
+        other = tl.where(row < tl.load(clean_ptr), width, 0)
+        scale_ptr += other
+        shift_ptr += other
+        if HAS_GATE:
+            gate_ptr += other
     # What no predecessor writes is loaded before the wait.
     scale = tl.load(scale_ptr + col, mask=inside, other=0.0).to(tl.float32)
     if HAS_SHIFT:
@@ -121,6 +133,7 @@ def add_norm(
     bias: Tensor | None = None,
     gate: Tensor | None = None,
     out_scale: Tensor | None = None,
+    clean: Tensor | None = None,
     layer_norm: bool = False,
     eps: float = 1e-6,
     pdl: bool = False,
@@ -134,6 +147,8 @@ def add_norm(
         addend: [M, width], rows may be strided. row_scale: float32 [M], factor of its rows.
         bias, gate: [width], of the addend.
         out_scale: float32 [M], receives amax / 448 of each row; ``out`` must then be FP8.
+        clean: int32 [1] on the device; scale, shift and gate are then [2, width], and rows
+            below ``clean`` take the second of them.
         pdl: the launch may start before its predecessor ends.
 
     Raises:
@@ -144,16 +159,18 @@ def add_norm(
     _check("out", out, (rows, width), torch.float8_e4m3fn if out_scale is not None else None)
     for name, vector in (("scale", scale), ("shift", shift), ("bias", bias), ("gate", gate)):
         if vector is not None:
-            _check(name, vector, (width,), None)
+            _check(name, vector, (width,) if clean is None or name == "bias" else (2, width), None)
+    if clean is not None and shift is None:
+        raise InputError("add_norm: clean: given without shift, expected both rows of the modulation")
     if addend is None and (row_scale is not None or bias is not None or gate is not None):
         raise InputError("add_norm: addend: None given with row_scale, bias or gate, expected an addend")
     block = triton.next_power_of_2(width)
     _add_norm_kernel[(rows,)](
-        x, out, scale, shift, addend, row_scale, bias, gate, out_scale,
+        x, out, scale, shift, addend, row_scale, bias, gate, out_scale, clean,
         width, 0 if addend is None else addend.stride(0), eps,
         BLOCK=block, LAYER_NORM=layer_norm, HAS_SHIFT=shift is not None, HAS_Y=addend is not None,
         HAS_ROW=row_scale is not None, HAS_BIAS=bias is not None, HAS_GATE=gate is not None,
-        QUANTISE=out_scale is not None, PDL=pdl,
+        QUANTISE=out_scale is not None, HAS_CLEAN=clean is not None, PDL=pdl,
         num_warps=norm_warps(width), **pdl_option(pdl),
     )  # fmt: skip
 
@@ -254,3 +271,39 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
     ):
         got = (tuple(tensor.shape), tensor.dtype, "contiguous" if tensor.is_contiguous() else "strided")
         raise InputError.at("kernel", name, got, f"contiguous {list(shape)}" + (f" {dtype}" if dtype else ""))
+
+
+def quantise_rows_reference(x: Tensor, out: Tensor, out_scale: Tensor) -> None:
+    """The mathematics of `quantise_rows`, in plain PyTorch."""
+    factor = x.float().abs().amax(-1) / E4M3_MAX
+    factor = torch.where(factor == 0, torch.ones_like(factor), factor)
+    out.copy_((x.float() / factor[:, None]).clamp(-E4M3_MAX, E4M3_MAX))
+    out_scale.copy_(factor)
+
+
+@triton.jit
+def _quantise_rows_kernel(x_ptr, out_ptr, scale_ptr, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    x = tl.load(x_ptr + row * width + col, mask=col < width, other=0.0).to(tl.float32)
+    scale = tl.max(tl.abs(x), 0) / 448.0
+    scale = tl.where(scale == 0.0, 1.0, scale)
+    scale = tl.where(tl.sum(tl.where(x == x, 0, 1), 0) > 0, float("nan"), scale)
+    tl.store(scale_ptr + row, scale)
+    x = tl.minimum(tl.maximum(x / scale, -448.0), 448.0)
+    tl.store(out_ptr + row * width + col, x.to(out_ptr.dtype.element_ty), mask=col < width)
+
+
+def quantise_rows(x: Tensor, out: Tensor, out_scale: Tensor, *, pdl: bool = False) -> None:
+    """FP8 with one scale a row: x [M, K] -> out float8_e4m3fn [M, K], out_scale float32 [M] = amax / 448."""
+    rows, width = x.shape
+    _check("x", x, (rows, width), None)
+    _check("out", out, (rows, width), torch.float8_e4m3fn)
+    block = triton.next_power_of_2(width)
+    _quantise_rows_kernel[(rows,)](
+        x, out, out_scale, width,
+        BLOCK=block, PDL=pdl, num_warps=16 if block > 8192 else max(1, min(8, block // 256)), **pdl_option(pdl),
+    )  # fmt: skip

@@ -82,6 +82,7 @@ class Engine:
         timing: bool = True,
         seed: int | None = None,
         progress: bool = False,
+        float_images: bool = False,
     ) -> Engine:
         """Load a checkpoint, apply a recipe, allocate everything, capture graphs and warm up.
 
@@ -94,6 +95,7 @@ class Engine:
             timing: record vision, prefix and denoise apart (on a GPU: three graphs instead of one).
             seed: of the noise that `infer` draws where it is given none.
             progress: show a progress bar while loading.
+            float_images: on a GPU, `run` takes float32 [V, 3, S, S] images (golden cases) instead of uint8 ones.
 
         Raises:
             InputError: a checkpoint, recipe or device that cannot be used.
@@ -106,7 +108,7 @@ class Engine:
         else:
             applied = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
         rtc = rtc or RealTimeChunking()
-        backend = _make_backend(checkpoint, applied, chosen_device, rtc, timing, progress)
+        backend = _make_backend(checkpoint, applied, chosen_device, rtc, timing, progress, float_images)
         log.info("engine: %s, recipe %s, %s", checkpoint.directory, applied.name, backend.description)
         return cls(checkpoint.spec, checkpoint.processors, backend, applied, rtc, seed)
 
@@ -167,7 +169,7 @@ class Engine:
             self._recent.append((normalised, observation.state.copy()))
         timings = {
             "preprocess": prepared - begin,
-            **stages,
+            **(stages or {"vision": 0.0, "prefix": 0.0, "denoise": finishing - prepared}),
             "postprocess": time.perf_counter() - finishing,
         }
         return ActionChunk(actions, normalised, observation.stamp, timings)
@@ -240,9 +242,10 @@ def _make_backend(
     rtc: RealTimeChunking,
     timing: bool,
     progress: bool,
+    float_images: bool,
 ) -> Backend:
     from hybrid_policy.runtime.loading import load_cuda, load_reference
 
     if device.type == "cpu":
         return load_reference(checkpoint, recipe, rtc, progress)
-    return load_cuda(checkpoint, recipe, device, rtc, timing, progress)
+    return load_cuda(checkpoint, recipe, device, rtc, timing, progress, float_images=float_images)

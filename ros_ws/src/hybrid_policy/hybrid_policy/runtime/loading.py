@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,13 +12,14 @@ from torch import nn
 
 from hybrid_policy.errors import InputError
 from hybrid_policy.models.checkpoint import Checkpoint
-from hybrid_policy.models.pi05 import Pi05
+from hybrid_policy.models.pi05 import Pi05, keeps_float32
 from hybrid_policy.runtime.backend import Backend
 from hybrid_policy.runtime.quantized_checkpoint import quantised_sites, read_packed
 from hybrid_policy.runtime.recipe import Recipe
 from hybrid_policy.runtime.reference_backend import ReferenceBackend
 from hybrid_policy.runtime.rtc import RealTimeChunking
 from hybrid_policy.runtime.sites import model_sites, pack_sites, swap_sites
+from hybrid_policy.runtime.stages import StageTable, parse_table
 
 
 class Progress:
@@ -77,8 +80,83 @@ def load_cuda(
     rtc: RealTimeChunking,
     timing: bool,
     progress: bool,
+    *,
+    float_images: bool = False,
 ) -> Backend:
     """The GPU's backend: weights in their final form on the device, graphs captured."""
     if checkpoint.config.kind != "pi05":
         raise InputError(f"{checkpoint.directory}: pi0 runs on device cpu only; the CUDA engine serves pi0.5")
-    raise InputError("device: the CUDA engine is not built yet")
+    from hybrid_policy.runtime.cuda_backend import CudaBackend, row_buckets
+    from hybrid_policy.runtime.device_weights import build_weights
+
+    config = checkpoint.config
+    sites = model_sites(config)
+    precisions = device_precisions(recipe, sites, device)
+    table = choose_table(rtc)
+    packed, _ = read_packed(checkpoint.store, quantised_sites(checkpoint.directory), device)
+    buckets = row_buckets(len(config.cameras), config.image_tokens, config.max_token_len)
+    with progress_bar(progress, len(sites) + 1 + len(buckets), "loading") as bar, torch.inference_mode():
+
+        def source(name: str) -> torch.Tensor:
+            return checkpoint.tensor(name, device, torch.float32 if keeps_float32(name) else torch.bfloat16)
+
+        weights = build_weights(
+            config,
+            source,
+            precisions,
+            dtype=torch.bfloat16,
+            fused_expert=table.expert == "fused",
+            packed=packed,
+            report=bar.step,
+        )
+        return CudaBackend(
+            weights,
+            table,
+            rtc,
+            recipe.prefix_cache,
+            name=recipe.name,
+            timing=timing,
+            float_images=float_images,
+            report=bar.step,
+        )
+
+
+def device_precisions(recipe: Recipe, sites: dict[str, tuple[int, int]], device: torch.device) -> dict[str, str]:
+    """`Recipe.assign`, and what this device cannot serve refused by name.
+
+    Raises:
+        InputError: float32 sites, W4A4 before Blackwell, a vision site or projector in another precision than bf16,
+            attention projections in NVFP4.
+    """
+    precisions = recipe.assign(sites)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    problems = []
+    for site, precision in precisions.items():
+        expected = ""
+        if precision == "float32":
+            expected = "bf16 (float32 is the CPU's reference)"
+        elif ("vision_tower" in site or "projector" in site) and precision != "bf16":
+            expected = "bf16: no kernel serves vision in it"
+        elif "self_attn" in site and precision.startswith("nvfp4"):
+            expected = "bf16 or fp8_w8a8 for attention"
+        elif precision == "nvfp4_w4a4" and capability[0] < 10:
+            expected = "nvfp4_w4a16: W4A4 needs Blackwell's block-scaled tensor cores (sm_100 or later)"
+        if expected:
+            problems.append(f"{recipe.source}: {site}: {precision} given, expected {expected}")
+    if recipe.prefix_cache == "float32":
+        problems.append(f"{recipe.source}: prefix_cache: float32 given, expected bf16 or fp8")
+    if problems:
+        shown = problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else [])
+        raise InputError("\n".join(shown))
+    return precisions
+
+
+def choose_table(rtc: RealTimeChunking) -> StageTable:
+    """The stages' implementations: fused kernels, except where real-time chunking needs a modulation a row.
+
+    The variable HYBRID_POLICY_STAGES overrides single stages (see `stages.parse_table`), for comparisons.
+    """
+    table = parse_table(os.environ.get("HYBRID_POLICY_STAGES", ""))
+    if rtc.mode == "prefix" and table.expert == "fused":
+        table = dataclasses.replace(table, expert="split")
+    return table

@@ -1,0 +1,310 @@
+"""A model's weights in the form that the device stages read: packed sites, folded norms, modulation tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybrid_policy.kernels.flow_step import FlowWeights
+from hybrid_policy.kernels.fp8 import FP8Tensor
+from hybrid_policy.kernels.gate_up import PackedGateUp, prepare_gate_up
+from hybrid_policy.kernels.linear import PackedLinear, prepare
+from hybrid_policy.kernels.nvfp4 import NVFP4Tensor
+from hybrid_policy.kernels.qkv import FusedQKV
+from hybrid_policy.models.config import GemmaConfig, Pi05Config
+from hybrid_policy.models.flow import step_times, time_embedding
+from hybrid_policy.models.pi05 import EXPERT, PREFIX, PROJECTOR, VISION
+from hybrid_policy.runtime.projection import Projection
+from hybrid_policy.runtime.sites import Packed, pack_sites
+
+#: parameter name -> tensor on the device; float32 where exactness is cheap, else the model's dtype
+Source = Callable[[str], Tensor]
+#: called with a word after each step of loading
+Report = Callable[[str], None]
+
+
+@dataclass
+class VisionLayer:
+    """One SigLIP layer."""
+
+    norm1: tuple[Tensor, Tensor]
+    qkv: Projection
+    out: Projection
+    out_bias: Tensor
+    norm2: tuple[Tensor, Tensor]
+    fc1: Projection
+    fc2: Projection
+    fc2_bias: Tensor
+
+
+@dataclass
+class GemmaLayer:
+    """One Gemma layer for library GEMMs and glue kernels. norms: (1 + w), or None where modulated.
+
+    mlp_in: gate and up stacked, or one kernel that ends in GeGLU. For the last prefix layer only ``qkv`` (K and V).
+    """
+
+    norm1: Tensor | None
+    qkv: Projection
+    norm2: Tensor | None = None
+    out: Projection | None = None
+    mlp_in: Projection | PackedGateUp | None = None
+    down: Projection | None = None
+
+
+@dataclass
+class FusedLayer:
+    """One expert layer of few, fat launches."""
+
+    qkv: FusedQKV
+    out: PackedLinear
+    gate_up: PackedGateUp
+    down: PackedLinear
+    #: rows W·shift of each flow step: [steps, qkv rows], [steps, F], [steps, F], float32
+    qkv_shift: Tensor
+    gate_shift: Tensor
+    up_shift: Tensor
+
+
+@dataclass
+class Modulations:
+    """adaRMS of each norm: [sites, steps, 2, width]; row 0 at the step's time, row 1 at time 0 (given actions).
+
+    scale is 1 + scale. gate belongs to what follows the norm. Row 0 of each in bf16 and float32, for fused stages.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    gate: Tensor
+
+    def fused_scale(self) -> Tensor:
+        """bf16 [sites, steps, width], contiguous."""
+        return self.scale[:, :, 0].to(torch.bfloat16).contiguous()
+
+
+@dataclass
+class DeviceWeights:
+    """Everything of a pi0.5 that a device reads."""
+
+    config: Pi05Config
+    dtype: torch.dtype
+    patch: Tensor
+    patch_bias: Tensor
+    vision: list[VisionLayer]
+    post_norm: tuple[Tensor, Tensor]
+    projector: Projection
+    embedding: Tensor
+    prefix: list[GemmaLayer]
+    expert: list[GemmaLayer]
+    fused: list[FusedLayer]
+    modulations: Modulations
+    flow: FlowWeights
+    routes: dict[str, str] = field(default_factory=dict)
+
+
+def build_weights(
+    config: Pi05Config,
+    source: Source,
+    precisions: Mapping[str, str],
+    *,
+    dtype: torch.dtype,
+    fused_expert: bool,
+    packed: Mapping[str, Packed] | None = None,
+    report: Report = lambda _: None,
+) -> DeviceWeights:
+    """Read, pack and fold every weight; nothing of the source is kept that no stage reads.
+
+    Args:
+        config: dimensions.
+        source: parameter name -> tensor, on the device.
+        precisions: site -> precision.
+        dtype: of activations: bfloat16 on a GPU, float32 where the plain stages run on a CPU.
+        fused_expert: pack the expert for fused launches instead of library GEMMs.
+        packed: sites that the checkpoint brings quantised.
+    """
+    packer = _Packer(source, precisions, packed or {}, dtype, report)
+    vision = [_vision_layer(packer, source, f"{VISION}encoder.layers.{i}.") for i in range(config.vision.depth)]
+    embeddings = VISION + "embeddings."
+    patch = source(embeddings + "patch_embedding.weight").flatten(1).to(dtype)
+    position = source(embeddings + "position_embedding.weight").float()
+    prefix = [
+        _gemma_layer(packer, source, f"{PREFIX}layers.{i}.", config.prefix, last=i == config.prefix.depth - 1)
+        for i in range(config.prefix.depth)
+    ]
+    modulations = _modulations(config, source)
+    report("modulations")
+    expert: list[GemmaLayer] = []
+    fused: list[FusedLayer] = []
+    for i in range(config.expert.depth):
+        stem = f"{EXPERT}layers.{i}."
+        if fused_expert:
+            fused.append(_fused_layer(packer, stem, config.expert, modulations, i))
+        else:
+            expert.append(_gemma_layer(packer, source, stem, config.expert, last=False))
+    return DeviceWeights(
+        config=config,
+        dtype=dtype,
+        patch=patch.contiguous(),
+        patch_bias=(position + source(embeddings + "patch_embedding.bias").float()).contiguous(),
+        vision=vision,
+        post_norm=_layer_norm(source, VISION + "post_layernorm"),
+        projector=Projection([packer.one(PROJECTOR[:-1])], dtype, source(PROJECTOR + "bias")),
+        embedding=source(PREFIX + "embed_tokens.weight").to(dtype),
+        prefix=prefix,
+        expert=expert,
+        fused=fused,
+        modulations=modulations,
+        flow=FlowWeights(
+            out_weight=source("action_out_proj.weight").float().contiguous(),
+            out_bias=source("action_out_proj.bias").float(),
+            in_weight=source("action_in_proj.weight").float().t().contiguous(),
+            in_bias=source("action_in_proj.bias").float(),
+        ),
+        routes=packer.routes,
+    )
+
+
+class _Packer:
+    """Packs sites on demand and notes which route each kind of site took."""
+
+    def __init__(
+        self,
+        source: Source,
+        precisions: Mapping[str, str],
+        packed: Mapping[str, Packed],
+        dtype: torch.dtype,
+        report: Report,
+    ) -> None:
+        self._source, self._precisions, self._held, self._report = source, precisions, packed, report
+        self.dtype = dtype
+        self.routes: dict[str, str] = {}
+
+    def precision(self, site: str) -> str:
+        return self._precisions[site]
+
+    def many(self, *sites: str) -> list[Packed]:
+        """The packed weights of sites that one product serves."""
+        wanted = {site: self._precisions[site] for site in sites}
+
+        def read(site: str) -> Tensor:
+            return self._source(site + ".weight")
+
+        result = dict(pack_sites(read, wanted, self._held))
+        for site in sites:
+            self._report(site.rpartition(".")[2])
+        return [self._matched(site, result[site]) for site in sites]
+
+    def one(self, site: str) -> Packed:
+        return self.many(site)[0]
+
+    def _matched(self, site: str, weight: Packed) -> Packed:
+        return weight.to(self.dtype) if self._precisions[site] == "bf16" and isinstance(weight, Tensor) else weight
+
+    def note(self, part: str, route: str) -> None:
+        self.routes[part] = route
+
+
+def _layer_norm(source: Source, name: str) -> tuple[Tensor, Tensor]:
+    return source(name + ".weight").float(), source(name + ".bias").float()
+
+
+def _vision_layer(packer: _Packer, source: Source, stem: str) -> VisionLayer:
+    attention, mlp = stem + "self_attn.", stem + "mlp."
+    heads = [attention + leaf for leaf in ("q_proj", "k_proj", "v_proj")]
+    bias = torch.cat([source(site + ".bias") for site in heads])
+    return VisionLayer(
+        norm1=_layer_norm(source, stem + "layer_norm1"),
+        qkv=Projection(packer.many(*heads), packer.dtype, bias),
+        out=Projection([packer.one(attention + "out_proj")], packer.dtype),
+        out_bias=source(attention + "out_proj.bias").float(),
+        norm2=_layer_norm(source, stem + "layer_norm2"),
+        fc1=Projection([packer.one(mlp + "fc1")], packer.dtype, source(mlp + "fc1.bias")),
+        fc2=Projection([packer.one(mlp + "fc2")], packer.dtype),
+        fc2_bias=source(mlp + "fc2.bias").float(),
+    )
+
+
+def _gemma_layer(
+    packer: _Packer, source: Source, stem: str, config: GemmaConfig, *, last: bool
+) -> GemmaLayer:
+    attention, mlp = stem + "self_attn.", stem + "mlp."
+    plain = stem.startswith(PREFIX)
+
+    def norm(name: str) -> Tensor | None:
+        return 1.0 + source(f"{stem}{name}.weight").float() if plain else None
+
+    if last:  # only its keys and values are ever read
+        qkv = Projection(packer.many(attention + "k_proj", attention + "v_proj"), packer.dtype)
+        return GemmaLayer(norm("input_layernorm"), qkv)
+    heads = [attention + leaf for leaf in ("q_proj", "k_proj", "v_proj")]
+    gate, up = packer.many(mlp + "gate_proj", mlp + "up_proj")
+    mlp_in: Projection | PackedGateUp
+    if isinstance(gate, NVFP4Tensor) or isinstance(up, NVFP4Tensor):
+        mlp_in = prepare_gate_up(gate, up, packer.precision(mlp + "gate_proj"))  # type: ignore[arg-type]
+    else:
+        mlp_in = Projection([gate, up], packer.dtype)
+    layer = GemmaLayer(
+        norm1=norm("input_layernorm"),
+        qkv=Projection(packer.many(*heads), packer.dtype),
+        norm2=norm("post_attention_layernorm"),
+        out=Projection([packer.one(attention + "o_proj")], packer.dtype),
+        mlp_in=mlp_in,
+        down=Projection([packer.one(mlp + "down_proj")], packer.dtype),
+    )
+    part = "prefix" if plain else "expert"
+    for name, product in (("qkv", layer.qkv), ("o", layer.out), ("gate_up", layer.mlp_in), ("down", layer.down)):
+        packer.note(f"{part}.{name}", product.route if product is not None else "none")
+    return layer
+
+
+def _fused_layer(
+    packer: _Packer, stem: str, config: GemmaConfig, modulations: Modulations, index: int
+) -> FusedLayer:
+    attention, mlp = stem + "self_attn.", stem + "mlp."
+    weights = packer.many(*(attention + leaf for leaf in ("q_proj", "k_proj", "v_proj")))
+    if isinstance(weights[0], FP8Tensor):
+        stacked = [w for w in weights if isinstance(w, FP8Tensor)]
+        values = torch.cat([w.values.view(torch.uint8) for w in stacked]).view(torch.float8_e4m3fn)
+        scale = torch.cat([w.scale.expand(w.shape[0]) for w in stacked])
+        qkv = FusedQKV(values, config.heads, config.kv_heads, config.head_dim, weight_scale=scale)
+    else:
+        dense = torch.cat([w for w in weights if isinstance(w, Tensor)])
+        qkv = FusedQKV(dense, config.heads, config.kv_heads, config.head_dim)
+    o_site, down_site = attention + "o_proj", mlp + "down_proj"
+    out = prepare(packer.one(o_site), packer.precision(o_site))  # type: ignore[arg-type]
+    gate, up = packer.many(mlp + "gate_proj", mlp + "up_proj")
+    gate_up = prepare_gate_up(gate, up, packer.precision(mlp + "gate_proj"))  # type: ignore[arg-type]
+    down = prepare(packer.one(down_site), packer.precision(down_site))  # type: ignore[arg-type]
+    shift1, shift2 = modulations.shift[2 * index, :, 0], modulations.shift[2 * index + 1, :, 0]
+    gate_shift, up_shift = gate_up.shift_rows(shift2)
+    packer.note("expert.qkv", "Triton fused norm + projection + RoPE")
+    for name, product in (("o", out), ("gate_up", gate_up), ("down", down)):
+        packer.note(f"expert.{name}", product.route)
+    return FusedLayer(
+        qkv, out, gate_up, down, qkv.shift_rows(shift1).contiguous(), gate_shift.contiguous(), up_shift.contiguous()
+    )
+
+
+def _modulations(config: Pi05Config, source: Source) -> Modulations:
+    """All 2 * depth + 1 adaptive norms at each flow time and at 0; their weights are not kept."""
+    steps = config.num_steps
+    device = source("time_mlp_in.bias").device
+    times = torch.tensor([*step_times(steps), 0.0], dtype=torch.float32, device=device)
+    x = time_embedding(times, config.expert.width, config.min_period, config.max_period)
+    for name in ("time_mlp_in", "time_mlp_out"):
+        x = F.silu(F.linear(x, source(name + ".weight").float(), source(name + ".bias").float()))
+    names = [
+        f"{EXPERT}layers.{i}.{norm}"
+        for i in range(config.expert.depth)
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    ]
+    tables = []
+    for name in [*names, EXPERT + "norm"]:
+        y = F.linear(x, source(name + ".dense.weight").float(), source(name + ".dense.bias").float())
+        tables.append(torch.stack((y[:steps], y[steps:].expand(steps, -1)), 1))  # [steps, 2, 3 * width]
+    scale, shift, gate = torch.stack(tables).chunk(3, -1)
+    return Modulations((1.0 + scale).contiguous(), shift.contiguous(), gate.contiguous())

@@ -1,0 +1,89 @@
+"""A site's matrix product on the device, for the parts where a library's GEMM is the fastest there is.
+
+The product leaves out the scale of FP8 activations' rows: bf16 has float32's range, and the kernel that reads
+the product next multiplies each row anyway (``row_scale``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybrid_policy.errors import InputError
+from hybrid_policy.kernels.fp8 import FP8Tensor
+from hybrid_policy.kernels.linear import PackedLinear, prepare
+from hybrid_policy.kernels.nvfp4 import NVFP4Tensor
+from hybrid_policy.runtime.sites import Packed
+
+
+class Projection:
+    """y = x W.T (+ bias), W of one site or of several stacked ones of one precision.
+
+    quantised: whether ``x`` must come as float8_e4m3fn with a row scale that the reader of y applies.
+    """
+
+    def __init__(self, weights: Sequence[Packed], dtype: torch.dtype, bias: Tensor | None = None) -> None:
+        first = weights[0]
+        self.quantised = isinstance(first, FP8Tensor)
+        self.bias = None if bias is None else bias.to(dtype).contiguous()
+        self.route = "cuBLAS bf16"
+        self._packed: PackedLinear | None = None
+        self._column_scale: Tensor | None = None
+        self._weight: Tensor
+        self._one = torch.ones((), device=_device(first))
+        if isinstance(first, NVFP4Tensor):
+            if len(weights) > 1:
+                raise InputError("projection: stacked sites in NVFP4 given, expected bf16 or fp8_w8a8")
+            self._packed = prepare(first, "nvfp4_w4a16", bias=bias)
+            self.route = self._packed.route
+        elif self.quantised:
+            scaled = [w for w in weights if isinstance(w, FP8Tensor)]
+            self._weight, self._scale, self._column_scale = _stack_fp8(scaled)
+            self.route = "cuBLAS FP8"
+        else:
+            self._weight = torch.cat([w.to(dtype) for w in weights if isinstance(w, Tensor)]).contiguous()
+        self._dtype = dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [M, K] -> [M, N]; without the rows' scale where ``quantised``."""
+        if self._packed is not None:
+            return self._packed(x)
+        if not self.quantised:
+            return F.linear(x, self._weight, self.bias)
+        if x.device.type == "cpu":
+            y = (x.float() @ self._weight.float().T * self._scale).to(self._dtype)
+        else:
+            y = torch._scaled_mm(
+                x, self._weight.t(), self._one, self._scale, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
+        return y if self._column_scale is None else y * self._column_scale
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """gelu_tanh(x W.T + bias), bf16 sites only; on a GPU in the product's own epilogue."""
+        if self.quantised or self._packed is not None or self.bias is None:
+            raise InputError("projection: gelu on a quantised site given, expected a bf16 site with bias")
+        if x.device.type == "cpu":
+            return F.gelu(F.linear(x, self._weight, self.bias), approximate="tanh")
+        return torch._addmm_activation(self.bias, x, self._weight.t(), use_gelu=True)
+
+    def nbytes(self) -> int:
+        """Bytes of the weight."""
+        return self._packed.weight_bytes() if self._packed is not None else self._weight.nbytes
+
+
+def _device(weight: Packed) -> torch.device:
+    if isinstance(weight, FP8Tensor):
+        return weight.values.device
+    return weight.codes.device if isinstance(weight, NVFP4Tensor) else weight.device
+
+
+def _stack_fp8(weights: Sequence[FP8Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Values, one scale, and column factors where the scales differ (exact: they multiply the product)."""
+    values = torch.cat([w.values.view(torch.uint8) for w in weights]).view(torch.float8_e4m3fn)
+    if len(weights) == 1 and weights[0].scale.ndim == 0:
+        return values, weights[0].scale.clone(), None
+    columns = torch.cat([w.scale.expand(w.shape[0]) for w in weights])
+    return values, torch.ones((), device=values.device), columns

@@ -1,0 +1,90 @@
+"""Which implementation runs each stage of the device model: an explicit table, chosen at load and logged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from hybrid_policy.errors import InputError
+from hybrid_policy.kernels import attention, flow_step, norm, qkv
+
+Implementation = Literal["reference", "kernel"]
+
+#: stage -> (plain PyTorch, kernel); both have one signature
+GLUE: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
+    "add_norm": (norm.add_norm_reference, norm.add_norm),
+    "geglu": (norm.geglu_reference, norm.geglu),
+    "quantise_rows": (norm.quantise_rows_reference, norm.quantise_rows),
+    "rope_split": (qkv.rope_split_reference, qkv.rope_split),
+    "flow_step": (flow_step.flow_step_reference, flow_step.flow_step),
+}
+STAGES = (*GLUE, "attention", "expert")
+
+
+@dataclass(frozen=True)
+class StageTable:
+    """stage -> implementation. ``expert`` is ``fused`` (one launch a projection) or ``split`` (norm, GEMM, glue).
+
+    pdl: kernels may start before their predecessor ends (programmatic dependent launch).
+    """
+
+    add_norm: Implementation = "kernel"
+    geglu: Implementation = "kernel"
+    quantise_rows: Implementation = "kernel"
+    rope_split: Implementation = "kernel"
+    flow_step: Implementation = "kernel"
+    attention: Implementation = "kernel"
+    expert: Literal["fused", "split"] = "fused"
+    pdl: bool = True
+
+    def glue(self, stage: str) -> Callable[..., None]:
+        """The function of a glue stage."""
+        reference, kernel = GLUE[stage]
+        if getattr(self, stage) == "reference":
+            return reference
+        return partial(kernel, pdl=True) if self.pdl else kernel
+
+    def make_attention(
+        self, rows: int, heads: int, kv_heads: int, head_dim: int, capacity: int, device: torch.device
+    ) -> Callable[..., None]:
+        """Attention of one shape: called with (q, k, v, valid, extra, out)."""
+        if self.attention == "kernel":
+            kernel = attention.Attention(rows, heads, kv_heads, head_dim, capacity, device)
+            return partial(kernel, pdl=True) if self.pdl else kernel
+
+        def plain(q: Any, k: Any, v: Any, valid: Any, extra: int, out: Any) -> None:
+            attention.attention_reference(q, k, v, valid, extra, out, head_dim**-0.5)
+
+        return plain
+
+    def describe(self) -> str:
+        """One line for the log."""
+        parts = [f"{stage} {getattr(self, stage)}" for stage in STAGES]
+        return ", ".join([*parts, "pdl" if self.pdl else "no pdl"])
+
+
+def plain_table() -> StageTable:
+    """Everything in plain PyTorch around library GEMMs: what the kernels are compared with."""
+    return StageTable(**dict.fromkeys((*GLUE, "attention"), "reference"), expert="split", pdl=False)  # type: ignore[arg-type]
+
+
+def parse_table(text: str) -> StageTable:
+    """A table from ``name=value,name=value`` over the default; ``plain`` for `plain_table`.
+
+    Raises:
+        InputError: an unknown stage or implementation.
+    """
+    if text == "plain":
+        return plain_table()
+    changes: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        allowed = ("fused", "split") if name == "expert" else ("on", "off") if name == "pdl" else ("reference", "kernel")
+        if name not in (*STAGES, "pdl") or value not in allowed:
+            raise InputError.at("stages", name, value, f"{', '.join(STAGES)} or pdl, with {' or '.join(allowed)}")
+        changes[name] = value == "on" if name == "pdl" else value
+    return StageTable(**changes)

@@ -1,0 +1,101 @@
+"""The device's sequence of launches, in plain PyTorch on a CPU, against the model."""
+
+import numpy as np
+import pytest
+import torch
+
+from hybrid_policy.kernels.flow_step import Guide
+from hybrid_policy.models.checkpoint import open_checkpoint
+from hybrid_policy.runtime.backend import Guidance
+from hybrid_policy.runtime.device_model import DeviceModel, Inputs
+from hybrid_policy.runtime.device_weights import build_weights
+from hybrid_policy.runtime.recipe import load_recipe
+from hybrid_policy.runtime.rtc import RealTimeChunking
+from hybrid_policy.runtime.sites import model_sites
+from hybrid_policy.runtime.stages import plain_table
+
+from .golden import CASES, GOLDEN, golden_case
+
+
+def build(recipe="bf16", rtc=None, views=2):
+    checkpoint = open_checkpoint(GOLDEN)
+    precisions = load_recipe(recipe).assign(model_sites(checkpoint.config))
+
+    def source(name):
+        return checkpoint.tensor(name, "cpu", torch.float32)
+
+    if recipe == "bf16":  # float32 weights through the bf16 route: the launches alone are under test
+        precisions = dict.fromkeys(precisions, "float32")
+    weights = build_weights(checkpoint.config, source, precisions, dtype=torch.float32, fused_expert=False)
+    return DeviceModel(weights, plain_table(), rtc or RealTimeChunking("off"), torch.float32, views)
+
+
+def inputs_of(model, inputs, noise, guidance=None, views=2):
+    config = model.config
+    seen = views * config.image_tokens
+    rows = torch.zeros(model.max_rows, dtype=torch.int64)
+    rows[: seen + inputs.token_count] = torch.arange(seen + inputs.token_count)
+    guidance = guidance or Guidance(np.zeros_like(noise), np.zeros(len(noise), np.float32))
+    return Inputs(
+        images=torch.from_numpy(inputs.images),
+        tokens=torch.from_numpy(inputs.tokens),
+        rows=rows,
+        valid=torch.tensor([seen + inputs.token_count], dtype=torch.int32),
+        noise=torch.from_numpy(noise),
+        guide=Guide(
+            torch.from_numpy(guidance.target),
+            torch.from_numpy(guidance.weights),
+            torch.tensor([guidance.clean], dtype=torch.int32),
+        ),
+    )
+
+
+def run(model, inputs, rows=None):
+    with torch.inference_mode():
+        model.run_vision(inputs)
+        model.run_prefix(inputs, rows or model.max_rows)
+        model.run_denoise(inputs)
+    return model.x.numpy().copy()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_through_the_launches(case):
+    inputs, noise, actions = golden_case(case)
+    model = build()
+    result = run(model, inputs_of(model, inputs, noise))
+    np.testing.assert_allclose(result[:, :7], actions, atol=1e-4)
+
+
+def test_fewer_rows_give_the_same(monkeypatch):
+    inputs, noise, actions = golden_case(2)  # 20 of 24 tokens are padding
+    model = build()
+    rows = 2 * model.config.image_tokens + inputs.token_count
+    np.testing.assert_allclose(run(model, inputs_of(model, inputs, noise), rows)[:, :7], actions, atol=1e-4)
+
+
+def test_fp8_launches_agree_with_the_fp8_sites():
+    from hybrid_policy.runtime.engine import Engine
+
+    inputs, noise, _ = golden_case(0)
+    model = build("fp8")
+    expected, _ = Engine.from_checkpoint(GOLDEN, "fp8", "cpu").run(inputs, noise)
+    result = run(model, inputs_of(model, inputs, noise))
+    error = np.linalg.norm(result - expected) / np.linalg.norm(expected)
+    assert error < 2e-2  # the same arithmetic; roundings of activations fall differently
+
+
+@pytest.mark.parametrize("mode", ["guided", "prior_corrected", "prefix"])
+def test_real_time_chunking_through_the_launches(mode):
+    from hybrid_policy.runtime.engine import Engine
+
+    rtc = RealTimeChunking(mode)
+    inputs, noise, _ = golden_case(1)
+    target = np.random.default_rng(0).standard_normal(noise.shape).astype(np.float32)
+    weights = np.linspace(1, 0, len(noise), dtype=np.float32)
+    guidance = Guidance(target, weights, 0) if mode != "prefix" else Guidance(target, 0 * weights, 5)
+    model = build(rtc=rtc)
+    expected, _ = Engine.from_checkpoint(GOLDEN, "float32", "cpu", rtc=rtc).run(inputs, noise, guidance)
+    result = run(model, inputs_of(model, inputs, noise, guidance))
+    np.testing.assert_allclose(result, expected, atol=2e-4)
+    if mode == "prefix":
+        np.testing.assert_array_equal(result[:5], target[:5])
