@@ -16,8 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import numpy as np
-from numpy.typing import NDArray
-
 from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.models.images import resize_with_pad
 from hybrid_policy.share import share_path
@@ -26,6 +24,7 @@ from hybrid_policy.sim.kinematics import arm_to
 from hybrid_policy.sim.robot import CAMERAS, TIME_STEP, SimRobot
 from hybrid_policy.sim.scene import HOME
 from hybrid_policy.sim.tasks import TASK_COLOURS, SceneSettings, expert_state, judge, sample_scene
+from numpy.typing import NDArray
 
 SCENES = SceneSettings(randomise=True, distractor=0.35, start_noise=0.07)
 _STEPS = round(PERIOD / TIME_STEP)
@@ -117,10 +116,10 @@ def anywhere(random: np.random.Generator) -> NDArray[np.float64]:
     return joints
 
 
-def add_at_rest(recorder: Recorder, robot: SimRobot, random: np.random.Generator) -> None:
-    """One frame of a new scene, at the start pose or with the hand anywhere."""
+def add_at_rest(recorder: Recorder, robot: SimRobot, random: np.random.Generator, moved: float = 0.5) -> None:
+    """One frame of a new scene, at the start pose or (a share ``moved``) with the hand anywhere."""
     robot.reset(sample_scene(random, SCENES))
-    if random.random() < 0.5:
+    if random.random() < moved:
         robot.place(np.clip(anywhere(random), robot.limits[:, 0], robot.limits[:, 1]))
     # As if it were moving already: the set-points lead by what the friction costs.
     leads = []
@@ -164,13 +163,16 @@ def add_on_the_way(
 
 
 def collect(seed: int, frames: int, size: int, horizon: int, rest_share: float = 0.5) -> Frames:
-    """At least ``frames`` frames from one simulator; the same for the same seed."""
+    """At least ``frames`` frames from one simulator; the same for the same seed.
+
+    rest_share: of frames at rest. Above 1: all of them, and all at the start pose (to judge by).
+    """
     random = np.random.default_rng(seed)
     robot = SimRobot(sample_scene(random, SCENES))
     robot_file = RobotFile.load(share_path("config/robots/sim_aloha.yaml"))
     recorder = Recorder(robot_file, size, horizon)
-    while len(recorder) < round(frames * rest_share):
-        add_at_rest(recorder, robot, random)
+    while len(recorder) < min(frames, round(frames * rest_share)):
+        add_at_rest(recorder, robot, random, 0.5 if rest_share <= 1.0 else 0.0)
     while len(recorder) < frames:
         add_on_the_way(recorder, robot, random)
     robot.close()

@@ -13,11 +13,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-
 from hybrid_policy.sim.scene import COLOURS
 from hybrid_policy.sim.tasks import PROMPTS
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 BINS = 256
 _MARK = 0xE000  # private use area
@@ -82,7 +81,9 @@ class PromptIds:
         self._prompts: dict[str, list[int]] = {}
         self._tokenizer = tokenizer
 
-    def __call__(self, prompts: list[str], bins: NDArray[np.intp]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def __call__(
+        self, prompts: list[str], bins: NDArray[np.intp]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Prompts and state bins [n, state_dim] (-1 allowed) -> ids [n, length], right-padded, and counts [n]."""
         ids = np.zeros((len(prompts), self.length), np.int64)
         counts = np.zeros(len(prompts), np.int64)
@@ -100,7 +101,9 @@ class PromptIds:
         return ids, counts
 
 
-def smooth_rows(tokenizer: Tokenizer, state_dim: int, width: int, seed: int) -> dict[int, NDArray[np.float32]]:
+def smooth_rows(
+    tokenizer: Tokenizer, state_dim: int, width: int, seed: int
+) -> dict[int, NDArray[np.float32]]:
     """First embeddings of the state's numbers: near numbers near each other, each joint in its own directions.
 
     A joint's number n is a random projection of the cosines of (n / 256) pi f, f = 0...7, with weights
@@ -120,4 +123,6 @@ def smooth_rows(tokenizer: Tokenizer, state_dim: int, width: int, seed: int) -> 
 
 def save(tokenizer: Tokenizer, path: Path) -> None:
     """Write tokenizer.json on few lines, the same bytes for the same tokenizer."""
-    path.write_text(json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=True, separators=(",", ":")) + "\n")
+    path.write_text(
+        json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=True, separators=(",", ":")) + "\n"
+    )

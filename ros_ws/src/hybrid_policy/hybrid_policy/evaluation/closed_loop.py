@@ -104,6 +104,7 @@ class Episode:
         self.cycle = ControlCycle(robot_file, _ModelsPolicy(spec), cycle_settings)
         self._cameras = spec.cameras
         self._asked: Asked | None = None
+        self._seen: tuple[int, dict[str, NDArray[np.uint8]]] | None = None
         self._next_inference = 0
         self._succeeded: int | None = None
         self._wrong = False
@@ -132,15 +133,11 @@ class Episode:
 
     def observe(self) -> Asked | None:
         """Run to the next inference and see: observation, noise, continuation; None when it is over."""
-        age = round(self.settings.image_age * 1e9)
-        self._run_until(self._next_inference - age)
-        if self.over:
-            return None
-        stamp = self.robot.time_ns
-        images = {name: self.robot.render(name) for name in self._cameras}
+        self._see()
         self._run_until(self._next_inference)
-        if self.over:
+        if self.over or self._seen is None:
             return None
+        (stamp, images), self._seen = self._seen, None
         joints = self.robot.positions
         observation = Observation(
             images=images,
@@ -160,14 +157,23 @@ class Episode:
         self._asked = None
         started = observation.stamp
         self._steps += 1
-        self._run_until(started + round(self.settings.delay * 1e9))
+        ready = started + round(self.settings.delay * 1e9)
+        self._next_inference = max(started + round(1e9 / self.settings.rate), ready)
+        if self._next_inference == ready:
+            self._see()  # while the old chunk is still in force
+        self._run_until(ready)
         if self.over:
             return
         now = self.robot.time_ns
         taken = self.cycle.accept(observation, chunk, started, now, previous=previous, noise=noise)
         self._refused += taken.trajectory is None
-        period = round(1e9 / self.settings.rate)
-        self._next_inference = max(started + period, now)
+
+    def _see(self) -> None:
+        """Take the pictures of the next inference, ``image_age`` before it."""
+        if self._seen is None:
+            self._run_until(self._next_inference - round(self.settings.image_age * 1e9))
+            if not self.over:
+                self._seen = self.robot.time_ns, {name: self.robot.render(name) for name in self._cameras}
 
     def _run_until(self, stamp: int) -> None:
         while self.robot.time_ns < stamp and not self.over:

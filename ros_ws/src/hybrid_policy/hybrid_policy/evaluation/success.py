@@ -21,7 +21,10 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     middle = share + z2 / (2 * trials)
     spread = _Z95 * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
     scale = 1 + z2 / trials
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+    # exact at the ends, where rounding would leave a hair
+    low = 0.0 if successes == 0 else (middle - spread) / scale
+    high = 1.0 if successes == trials else (middle + spread) / scale
+    return low, high
 
 
 def _share(successes: int, trials: int) -> dict[str, Any]:

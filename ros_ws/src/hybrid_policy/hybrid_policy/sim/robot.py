@@ -34,7 +34,8 @@ Light = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
 _MASS = 0.05
 # Explicit inertia of gym-aloha's cube: with the box's own (2e-5) the grasp chatters.
 _INERTIA = 0.002
-_BASE_EYE, _BASE_TARGET, _BASE_FOVY = (0.09, 0.13, 0.52), (0.09, 0.485, 0.03), 35.0
+#: The overhead camera: eye and target (m), vertical field of view (degrees).
+BASE_CAMERA = ((0.09, 0.13, 0.52), (0.09, 0.485, 0.03), 35.0)
 _WRIST_EYE, _WRIST_TARGET, _WRIST_FOVY = (0.03, 0.0, 0.105), (0.15, 0.0, 0.0), 65.0
 
 
@@ -89,9 +90,8 @@ def _build(cubes: int) -> Any:
             solimp=[2.0, 1.0, 0.01, 0.5, 2.0],
             solref=[0.01, 1.0],
         )
-    world.add_camera(
-        name="base_0_rgb", pos=_BASE_EYE, quat=_look_at(_BASE_EYE, _BASE_TARGET, (0, 1, 0)), fovy=_BASE_FOVY
-    )
+    eye, target, fovy = BASE_CAMERA
+    world.add_camera(name="base_0_rgb", pos=eye, quat=_look_at(eye, target, (0, 1, 0)), fovy=fovy)
     # gym-aloha's own wrist camera turns by 180 degrees when the gripper points down: this one is fixed.
     spec.body("vx300s_right/gripper_link").add_camera(
         name="right_wrist_0_rgb",

@@ -30,6 +30,9 @@ PROMPTS = (
 TASK_COLOURS = ("red", "blue")
 DISTRACTORS = ("green", "yellow")
 
+#: A lifted cube is in the hand: a cube that was thrown up does not count (m, tip to centre).
+IN_HAND = 0.06
+
 _STEPS = round(PERIOD / TIME_STEP)
 _APART = 0.075  # between two cubes' centres: room for an open gripper (m)
 
@@ -114,7 +117,7 @@ def _sample_cube(
 
 @dataclass(frozen=True)
 class Verdict:
-    """success: the named cube is up and no other. wrong: another cube is up. heights: m, by colour."""
+    """success: the named cube is up, in the hand, and no other. wrong: another cube is up. heights: m."""
 
     success: bool
     wrong: bool
@@ -124,9 +127,11 @@ class Verdict:
 def judge(robot: SimRobot, target: str | None = None) -> Verdict:
     """Judge the scene as it is now; ``target`` (a colour) replaces the scene's own."""
     target = robot.scene.target if target is None else target
-    heights = {cube.colour: float(robot.cube_position(i)[2]) for i, cube in enumerate(robot.scene.cubes)}
+    places = {cube.colour: robot.cube_position(i) for i, cube in enumerate(robot.scene.cubes)}
+    heights = {colour: float(place[2]) for colour, place in places.items()}
     others = [height for colour, height in heights.items() if colour != target]
-    lifted = heights.get(target, 0.0) > LIFTED_HEIGHT
+    in_hand = target in places and bool(np.linalg.norm(places[target] - robot.tip) < IN_HAND)
+    lifted = in_hand and heights[target] > LIFTED_HEIGHT
     return Verdict(
         success=lifted and all(height < OTHER_HEIGHT for height in others),
         wrong=any(height > LIFTED_HEIGHT for height in others),

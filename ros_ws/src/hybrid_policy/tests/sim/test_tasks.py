@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hybrid_policy.errors import InputError
 from hybrid_policy.sim.expert import ExpertState, plan
+from hybrid_policy.sim.kinematics import arm_to
 from hybrid_policy.sim.robot import SimRobot
 from hybrid_policy.sim.scene import AREA_X, AREA_Y, HOME, Cube, Scene
 from hybrid_policy.sim.tasks import SceneSettings, colour_in, expert_state, judge, run_expert, sample_scene
@@ -55,18 +56,29 @@ def test_scenes_keep_to_the_area_and_apart_and_repeat_by_seed() -> None:
     assert [sample_scene(again, settings) for _ in range(200)] == scenes
 
 
-def test_the_judge_knows_success_wrong_and_both() -> None:
+def test_the_judge_knows_success_wrong_both_and_thrown() -> None:
     scene = Scene((Cube("red", 0.0, 0.45), Cube("blue", 0.15, 0.55)), "red", "lift the red cube")
     robot = SimRobot(scene)
+    in_hand = np.asarray(HOME)
+    in_hand[7:13] = arm_to(np.array([0.1, 0.5, 0.1]), 1.4)
     assert (judge(robot).success, judge(robot).wrong) == (False, False)
-    for lifted, expected in (((0,), (True, False)), ((1,), (False, True)), ((0, 1), (False, True))):
+
+    def lift(*indices: int) -> None:
         robot.reset(scene)
-        for index in lifted:
-            robot.data.qpos[robot._cube_qpos[index] + 2] = 0.1
+        robot.place(in_hand)
+        for index in indices:
+            address = robot._cube_qpos[index]
+            robot.data.qpos[address : address + 3] = (0.1, 0.5 + 0.04 * index, 0.1)
+
+    for indices, expected in (((0,), (True, False)), ((1,), (False, True)), ((0, 1), (False, True))):
+        lift(*indices)
         assert (judge(robot).success, judge(robot).wrong) == expected
-    robot.reset(scene)
-    robot.data.qpos[robot._cube_qpos[1] + 2] = 0.1
+    lift(1)
     assert judge(robot, target="blue").success
+    assert not judge(robot, target="green").success  # not on the table
+    lift(0)
+    robot.place(np.asarray(HOME))  # up, but the hand is elsewhere
+    assert not judge(robot).success
     robot.close()
 
 
