@@ -53,4 +53,5 @@ def chunk_record(
         seam_acceleration=seam.acceleration,
         clipped=guard.position + guard.velocity + guard.acceleration,
         prompt=result.observation.prompt,
+        finished=result.finished,
     )

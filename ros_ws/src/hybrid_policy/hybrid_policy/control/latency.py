@@ -51,6 +51,7 @@ class ChunkRecord:
     seam_acceleration: float = 0.0
     clipped: int = 0
     prompt: str = ""
+    finished: int = 0
 
     def to_json(self) -> str:
         """One line."""
