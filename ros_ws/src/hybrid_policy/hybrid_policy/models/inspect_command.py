@@ -79,6 +79,7 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
         "action": _normalization(processors.action),
         "relative_actions": list(processors.relative),
         "tokenizer": str(processors.tokenizer.path) if processors.tokenizer else None,
+        "notes": checkpoint.notes,
         "missing": processors.missing,
     }
 
@@ -142,6 +143,8 @@ def _print(checkpoint: Checkpoint, found: dict[str, Any]) -> None:
     print(f"  {'action':<10}{found['action']}")
     print(f"  {'':<10}{f'dimensions {relative} relative to the state' if relative else 'absolute'}")
     print(f"  {'tokenizer':<10}{found['tokenizer'] or 'none'}")
+    for line in found["notes"]:
+        print(f"note: {line}")
     print("missing" if found["missing"] else "nothing is missing")
     for line in found["missing"]:
         print(f"  {line}")

@@ -46,6 +46,14 @@ def test_bf16_is_within_2_percent(tiny, index: int) -> None:
     assert ((sample(policy, case) - case.actions).norm() / case.actions.norm()) <= 1e-2
 
 
+@pytest.mark.parametrize("name", ["lerobot_pi05_grouped", "lerobot_pi0_tiny"])
+def test_other_dimensions_and_pi0(fixtures, name, capsys) -> None:
+    """Two key/value heads, three cameras of which one is absent, images of another size; and pi0."""
+    assert main(["verify", str(fixtures / name), "--tolerance", "1e-5", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["cases"]) >= 4
+
+
 def test_padding_and_its_two_descriptions_change_nothing(policy, tiny) -> None:
     case = read_golden(tiny / "golden.safetensors", policy.config)[2]
     assert int(case.token_mask.sum()) == 4  # 20 of 24 are padding
