@@ -218,7 +218,7 @@ def plan_qkv(out_features: int, head_dim: int, processors: int = 132) -> tuple[i
     block_n = 16
     while block_n < min(64, head_dim) and out_features // (2 * block_n) >= processors // 2:
         block_n *= 2
-    return min(block_n, head_dim), 256, 4, 4
+    return min(block_n, head_dim), 256, 8, 4
 
 
 class FusedQKV:
