@@ -24,7 +24,8 @@ class ChunkRecord:
     to the message sent (planning, guard, message). total_ms: from taking the inputs to the message sent.
     stamp_to_publish_ms: from the newest image's stamp to the message sent. age_at_due_ms: age of the
     observation when the first action kept is due. deadline_met: sent before the next inference was
-    to start. reason: why it was refused, where it was.
+    to start. reason: why it was refused, where it was. finished: when it came into force, nanoseconds
+    of the clock of ``started``; what follows a log needs it exactly.
     """
 
     chunk: int

@@ -255,7 +255,9 @@ def find_bags(paths: Collection[str | Path]) -> list[Path]:
             continue
         inside = sorted((p for p in path.iterdir() if p.is_dir() and _is_bag_folder(p)), key=_natural)
         if not inside:
-            raise InputError(f"{path}: neither a bag nor a folder of bags (no *.mcap, *.db3 or metadata.yaml)")
+            raise InputError(
+                f"{path}: neither a bag nor a folder of bags (no *.mcap, *.db3 or metadata.yaml)"
+            )
         found += inside
     return found
 

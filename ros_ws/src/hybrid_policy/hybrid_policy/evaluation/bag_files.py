@@ -162,7 +162,11 @@ def _scanned_topics(file: Path, problems: list[str]) -> list[FoundTopic]:
             )
         elif channel.topic not in found:
             found[channel.topic] = FoundTopic(
-                channel.topic, channel.type, counts.get(channel.topic, 0), channel.encoding, channel.definition
+                channel.topic,
+                channel.type,
+                counts.get(channel.topic, 0),
+                channel.encoding,
+                channel.definition,
             )
     return list(found.values())
 
@@ -208,8 +212,12 @@ def _scan_sqlite(file: Path, problems: list[str]) -> Iterator[Raw]:
     count = 0
     try:
         with closing(_connect(file)) as database:
-            names = {key: (name, kind) for key, name, kind in database.execute("SELECT id,name,type FROM topics")}
-            for key, t_ns, data in database.execute("SELECT topic_id,timestamp,data FROM messages ORDER BY id"):
+            names = {
+                key: (name, kind) for key, name, kind in database.execute("SELECT id,name,type FROM topics")
+            }
+            for key, t_ns, data in database.execute(
+                "SELECT topic_id,timestamp,data FROM messages ORDER BY id"
+            ):
                 if key in names:
                     count += 1
                     yield *names[key], t_ns, memoryview(data)

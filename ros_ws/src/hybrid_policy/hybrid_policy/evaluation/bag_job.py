@@ -22,8 +22,12 @@ from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.errors import InputError
 from hybrid_policy.evaluation import metrics
 from hybrid_policy.evaluation.bag import BagSource, disk_size, open_bag
+from hybrid_policy.evaluation.delays import read_log
+from hybrid_policy.evaluation.follow_log import FollowLog, parity, published
+from hybrid_policy.evaluation.policy_pass import PolicyPass, fit_robot
 from hybrid_policy.evaluation.predictions import write_predictions
-from hybrid_policy.evaluation.replay import RecipeRun, Replay, ReplayedChunk, ReplaySettings, fit_robot
+from hybrid_policy.evaluation.replay import Replay
+from hybrid_policy.evaluation.replay_record import RecipeRun, ReplayedChunk, ReplaySettings
 from hybrid_policy.evaluation.survey import Survey, survey
 from hybrid_policy.evaluation.topic_match import match_topics
 from hybrid_policy.models.observation import Policy
@@ -40,7 +44,7 @@ class BagJob:
     """What to replay and how. Paths are absolute.
 
     name: of the bag in the report and of its folder. recipes: the first is the one that others are held
-    against. remap: robot file's topic -> bag's topic.
+    against. remap: robot file's topic -> bag's topic. follow: a latency log to follow exactly.
     """
 
     bag: Path
@@ -55,6 +59,7 @@ class BagJob:
     command_topic: str = ""
     backend: str = "rosbags"
     predictions: bool = True
+    follow: Path | None = None
     policy: str = ENGINE
 
     @property
@@ -80,14 +85,17 @@ def run_job(job: BagJob, tell: Tell = lambda _fraction, _text: None) -> dict[str
     """
     mark = job.fingerprint()
     kept = read_result(job.folder)
-    if kept is not None and kept.get("fingerprint") == mark:
+    if kept is not None and kept.get("fingerprint") == mark and kept.get("status") != "failed":
         return kept
     job.folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     try:
         result, series = _replay(job, tell)
     except InputError as error:
-        result, series = {"status": "failed", "lacks": str(error).splitlines(), "notes": [], "seconds": 0.0}, {}
+        result, series = (
+            {"status": "failed", "lacks": str(error).splitlines(), "notes": [], "seconds": 0.0},
+            {},
+        )
     result = {"name": job.name, "bag": str(job.bag), **result, "fingerprint": mark}
     result.setdefault("measured", {})["wall_seconds"] = time.perf_counter() - began
     with (job.folder / SERIES).open("wb") as file:
@@ -119,12 +127,14 @@ def _replay(job: BagJob, tell: Tell) -> tuple[dict[str, Any], dict[str, NDArray[
             result["status"] = "inputs only"
             return result, series
         recorded = metrics.Recorded(known, robot)
-        runs = _runs(job, known, robot, source, recorded, tell)
+        passes = _runs(job, known, robot, source, recorded, tell)
+        runs = [one.run_record for one in passes]
         result |= _measure(runs, robot, recorded)
         result["status"] = "replayed"
         if any(not run.chunks for run in runs):
             result["status"] = "inputs only"
             result["lacks"].append(_why_no_chunk(runs[0]))
+        _compare_published(passes, source, known, result)
         result["problems"] = list(source.problems)
         series |= _run_series(runs, recorded)
         if job.predictions:
@@ -136,18 +146,40 @@ def _replay(job: BagJob, tell: Tell) -> tuple[dict[str, Any], dict[str, NDArray[
 
 def _runs(
     job: BagJob, known: Survey, robot: RobotFile, source: BagSource, recorded: metrics.Recorded, tell: Tell
-) -> list[RecipeRun]:
-    runs: list[RecipeRun] = []
+) -> list[PolicyPass]:
+    runs: list[PolicyPass] = []
+    log = read_log(job.follow) if job.follow is not None else []
     for i, recipe in enumerate(job.recipes):
         tell(i / len(job.recipes), f"{recipe}: loading")
         policy = load_policy(job.policy, job.checkpoint, recipe, job.device)
-        score = _difference(runs[0]) if runs else recorded.score
-        replay = Replay(robot, policy, known, job.settings, recipe, score)
-        for seconds in replay.run(source):
+        score = _difference(runs[0].run_record) if runs else recorded.score
+        one: PolicyPass
+        if log:
+            one = FollowLog(
+                robot, policy, known, cycle=job.settings.cycle, log=log, recipe=recipe, score=score
+            )
+        else:
+            one = Replay(robot, policy, known, settings=job.settings, recipe=recipe, score=score)
+        for seconds in one.run(source):
             share = seconds / known.seconds if known.seconds else 1.0
             tell((i + min(share, 1.0)) / len(job.recipes), recipe)
-        runs.append(replay.run_record)
+        runs.append(one)
     return runs
+
+
+def _compare_published(
+    passes: list[PolicyPass], source: BagSource, known: Survey, result: dict[str, Any]
+) -> None:
+    """Where a log was followed: the trajectories against those that the node published."""
+    for one in passes:
+        if isinstance(one, FollowLog):
+            sent = list(published(source, known.match.command))
+            result["recipes"][one.run_record.recipe]["parity"] = parity(one.trajectories, sent)
+            if one.unmatched:
+                result["notes"].append(
+                    f"{one.run_record.recipe}: {len(one.unmatched)} chunks of the log have inputs that the bag "
+                    f"lacks (the first is {one.unmatched[0]}); what follows may differ from the run"
+                )
 
 
 def _difference(base: RecipeRun) -> Callable[[ReplayedChunk], float]:

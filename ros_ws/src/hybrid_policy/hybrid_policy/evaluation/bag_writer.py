@@ -34,7 +34,9 @@ class BagWriter:
         if storage not in STORAGE:
             raise InputError(f"storage: {storage!r} given, expected {' or '.join(STORAGE)}")
         if compression not in COMPRESSION or (storage == "sqlite3" and compression == "chunk"):
-            raise InputError(f"compression: {compression!r} given with {storage}, expected none, message or file")
+            raise InputError(
+                f"compression: {compression!r} given with {storage}, expected none, message or file"
+            )
         if path.exists():
             raise InputError(f"{path}: exists already, expected a new folder for the bag")
         self.path = path
@@ -147,7 +149,9 @@ class BagWriter:
     def twist(self, t_ns: int, values: NDArray[np.float64], frame: str = "base_link") -> Any:
         """geometry_msgs/TwistStamped of (x, y, z, roll, pitch, yaw) in m/s and rad/s."""
         vector = self.types.types["geometry_msgs/msg/Vector3"]
-        linear, angular = (vector(x=float(v[0]), y=float(v[1]), z=float(v[2])) for v in (values[:3], values[3:6]))
+        linear, angular = (
+            vector(x=float(v[0]), y=float(v[1]), z=float(v[2])) for v in (values[:3], values[3:6])
+        )
         return self.types.types["geometry_msgs/msg/TwistStamped"](
             header=self.header(t_ns, frame),
             twist=self.types.types["geometry_msgs/msg/Twist"](linear=linear, angular=angular),

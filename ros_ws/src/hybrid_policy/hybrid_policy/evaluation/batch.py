@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
@@ -70,11 +71,13 @@ def _guarded(job: BagJob, tell: Tell = lambda _fraction, _text: None) -> dict[st
     except InputError:
         raise
     except Exception as error:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / "error.txt").write_text(traceback.format_exc(), "utf-8")
         return _lost(job, error)
 
 
 def _lost(job: BagJob, error: BaseException) -> dict[str, Any]:
     first = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {first[0] if first else ''}"
-    return {"name": job.name, "bag": str(job.bag), "status": "failed", "seconds": 0.0, "lacks": [text], "notes": [],
-            "problems": [], "inputs": [], "topics": []}  # fmt: skip
+    found: dict[str, Any] = {"name": job.name, "bag": str(job.bag), "status": "failed", "seconds": 0.0}
+    return found | {"lacks": [text], "notes": [], "problems": [], "inputs": [], "topics": []}

@@ -2,7 +2,7 @@
 
 An :class:`Episode` is driven from outside, so that many can share one batched inference::
 
-    episode = Episode(robot, scene, robot_file, spec, LoopSettings(), seed=0)
+    episode = Episode(robot, scene, robot_file, spec, settings=LoopSettings(), seed=0)
     while (asked := episode.observe()) is not None:
         episode.act(policy.infer(*asked))
     print(episode.result)
@@ -93,6 +93,7 @@ class Episode:
         scene: Scene,
         robot_file: RobotFile,
         spec: PolicySpec,
+        *,
         settings: LoopSettings,
         seed: int = 0,
     ) -> None:
@@ -193,11 +194,12 @@ def run_episode(
     robot: SimRobot,
     scene: Scene,
     robot_file: RobotFile,
+    *,
     settings: LoopSettings,
     seed: int = 0,
 ) -> EpisodeResult:
     """One scene with a policy that answers one observation at a time (``runtime.Engine``)."""
-    episode = Episode(robot, scene, robot_file, policy.spec, settings, seed)
+    episode = Episode(robot, scene, robot_file, policy.spec, settings=settings, seed=seed)
     while (asked := episode.observe()) is not None:
         episode.act(policy.infer(*asked))
     return episode.result

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("dataset", type=Path, help="the dataset's folder (holds meta/info.json)")
     parser.add_argument("bag", type=Path, help="the bag to write: a new folder")
-    parser.add_argument("--robot", required=True, help="robot file, or the name of one that ships (g1, sim_aloha)")
+    parser.add_argument(
+        "--robot", required=True, help="robot file, or the name of one that ships (g1, sim_aloha)"
+    )
     parser.add_argument("--episode", type=int, help="episode index (default: the first whose data is there)")
     parser.add_argument(
         "--camera",
@@ -50,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="the task (default: the dataset's)")
     parser.add_argument("--storage", choices=STORAGE, default="mcap", help="default: %(default)s")
     parser.add_argument("--compression", choices=COMPRESSION, default="none", help="default: %(default)s")
-    parser.add_argument("--jpeg-quality", type=int, default=90, help="of compressed cameras (default: %(default)s)")
+    parser.add_argument(
+        "--jpeg-quality", type=int, default=90, help="of compressed cameras (default: %(default)s)"
+    )
     parser.add_argument("--force", action="store_true", help="replace a bag that is there")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
@@ -191,7 +195,9 @@ def _joint_positions(robot: RobotFile, state: NDArray[np.float64]) -> NDArray[np
     """The checkpoint's state [frames, state] -> joint positions [frames, joints] in ROS units."""
     lacking = [name for name in robot.joint_names if name not in robot.state_names]
     if lacking:
-        raise InputError(f"{robot.path}: joints {', '.join(lacking)} are not in policy.state, so no dataset has them")
+        raise InputError(
+            f"{robot.path}: joints {', '.join(lacking)} are not in policy.state, so no dataset has them"
+        )
     positions = np.empty((len(state), len(robot.joint_names)))
     for column, name in enumerate(robot.state_names):
         used = robot.conventions.get(name, Convention())

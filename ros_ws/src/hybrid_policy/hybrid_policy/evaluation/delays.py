@@ -21,13 +21,14 @@ class DelayModel:
     """Nanoseconds from an observation being taken to its chunk in force.
 
     fixed: the delay, where ``recorded`` is empty. recorded: delays of a log; each inference draws one.
-    source: for the report.
+    source: for the report. followed: chunks of a log that is followed exactly; then nothing is drawn.
     """
 
     fixed: int = 100_000_000
     recorded: tuple[int, ...] = ()
     seed: int = 0
     source: str = ""
+    followed: int = 0
 
     def draws(self) -> Iterator[int]:
         """The delay of the first inference, the second, ...: the same at each call."""
@@ -41,6 +42,8 @@ class DelayModel:
     @property
     def text(self) -> str:
         """For people."""
+        if self.followed:
+            return f"as {self.source} says ({self.followed} chunks)"
         if not self.recorded:
             return f"{self.fixed * 1e-6:g} ms fixed"
         spread = np.percentile(np.array(self.recorded) * 1e-6, [50, 99])

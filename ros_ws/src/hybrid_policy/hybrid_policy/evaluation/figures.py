@@ -51,9 +51,9 @@ def trajectories(series: Series, recipes: Sequence[str], names: Sequence[str], o
                           color=COLOURS[k % len(COLOURS)], lw=1.1, alpha=0.9, label=recipe)  # fmt: skip
             axis.set_title(name, fontsize=8, pad=3)
             axis.margins(x=0.01)
-        for axis in axes[len(names):]:
+        for axis in axes[len(names) :]:
             axis.set_visible(False)
-        for axis in axes[max(0, len(names) - columns):len(names)]:
+        for axis in axes[max(0, len(names) - columns) : len(names)]:
             axis.set_xlabel("s")
             axis.tick_params(labelbottom=True)
         _legend(figure, axes[0])
@@ -62,7 +62,9 @@ def trajectories(series: Series, recipes: Sequence[str], names: Sequence[str], o
 
 def errors(bag: Mapping[str, Any], recipes: Sequence[str]) -> str:
     """Error to the recorded actions: by joint, by step of the horizon."""
-    found = {r: bag["recipes"][r]["against_recorded"] for r in recipes if bag["recipes"][r]["against_recorded"]}
+    found = {
+        r: bag["recipes"][r]["against_recorded"] for r in recipes if bag["recipes"][r]["against_recorded"]
+    }
     if not found:
         return ""
     with _style():
@@ -72,13 +74,17 @@ def errors(bag: Mapping[str, Any], recipes: Sequence[str]) -> str:
         width = 0.8 / len(found)
         for k, (recipe, one) in enumerate(found.items()):
             at = np.arange(count) + (k - (len(found) - 1) / 2) * width
-            axes[0].bar(at, [j["mae"] for j in one["joints"]], width, color=_colour(recipes, recipe), label=recipe)
+            axes[0].bar(
+                at, [j["mae"] for j in one["joints"]], width, color=_colour(recipes, recipe), label=recipe
+            )
             steps = np.arange(len(one["horizon"]["mae"]))
             values = np.array([np.nan if v is None else v for v in one["horizon"]["mae"]])
             axes[1].plot(steps, values, color=_colour(recipes, recipe), marker="o", ms=2.5, label=recipe)
         if "hold" in first:
             axes[1].axhline(first["hold"]["mae"], color=FAINT, ls="--", lw=1.0, label="standing still (mean)")
-        axes[0].set_xticks(np.arange(count), [j["name"] for j in first["joints"]], rotation=55, ha="right", fontsize=7)
+        axes[0].set_xticks(
+            np.arange(count), [j["name"] for j in first["joints"]], rotation=55, ha="right", fontsize=7
+        )
         axes[0].set_title("Mean absolute error by joint (rad; m for grippers)")
         axes[0].grid(axis="x", visible=False)
         axes[1].set_title("by step of the horizon")
@@ -198,14 +204,18 @@ def moment(series: Series, recipe: str, base: str, rank: int, names: Sequence[st
             axis.plot(told[:, joint], color=INK, lw=1.3, label="recorded")
             if other is not None:
                 axis.plot(other[:, joint], color=COLOURS[0], lw=1.1, label=base)
-            axis.plot(mine[:, joint], color=COLOURS[1] if other is not None else COLOURS[0], lw=1.3, label=recipe)
+            axis.plot(
+                mine[:, joint], color=COLOURS[1] if other is not None else COLOURS[0], lw=1.3, label=recipe
+            )
             axis.set_title(names[joint], fontsize=7.5, pad=2)
         axes[0].legend(fontsize=6)
         return _svg(figure)
 
 
 def _stages(axis: Axes, measured: Mapping[str, Any], known: Sequence[str]) -> None:
-    stages = [s for s in ("preprocess", "vision", "prefix", "denoise", "postprocess") if s in measured[known[0]]]
+    stages = [
+        s for s in ("preprocess", "vision", "prefix", "denoise", "postprocess") if s in measured[known[0]]
+    ]
     left = np.zeros(len(known))
     shades = ("#cbd2d9", "#56b4e9", "#0072b2", "#003f66", "#9aa5b1")
     for stage, shade in zip(stages, shades):
@@ -226,7 +236,14 @@ def _recorded_line(axis: Axes, series: Series, recipes: Sequence[str], joint: in
         if times is None or values is None or not len(times):
             continue
         keep = _thin(len(times))
-        axis.plot((times[keep] - origin) * 1e-9, values[keep, joint], color=INK, lw=1.5, alpha=0.75, label="recorded")
+        axis.plot(
+            (times[keep] - origin) * 1e-9,
+            values[keep, joint],
+            color=INK,
+            lw=1.5,
+            alpha=0.75,
+            label="recorded",
+        )
         return
 
 
@@ -257,12 +274,22 @@ def _style() -> Any:
 
 
 def _plots(
-    rows: int, columns: int, size: tuple[float, float], sharex: bool = False, width_ratios: Sequence[float] | None = None
+    rows: int,
+    columns: int,
+    size: tuple[float, float],
+    sharex: bool = False,
+    width_ratios: Sequence[float] | None = None,
 ) -> tuple[Figure, list[Axes]]:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=size, sharex=sharex, squeeze=False, layout="constrained", width_ratios=width_ratios
+        rows,
+        columns,
+        figsize=size,
+        sharex=sharex,
+        squeeze=False,
+        layout="constrained",
+        width_ratios=width_ratios,
     )
     return figure, list(axes.reshape(-1))
 

@@ -20,7 +20,10 @@ def layout(robot: RobotFile, recipes: Sequence[str]) -> dict[str, Any]:
     images = []
     for i, camera in enumerate(robot.cameras):
         key = f"Image!camera{i}"
-        panels[key] = {"imageMode": {"imageTopic": "/" + camera.topic.lstrip("/")}, "foxglovePanelTitle": camera.name}
+        panels[key] = {
+            "imageMode": {"imageTopic": "/" + camera.topic.lstrip("/")},
+            "foxglovePanelTitle": camera.name,
+        }
         images.append(key)
     plots = []
     for i, name in enumerate(robot.command_names):
@@ -49,7 +52,8 @@ def write_layout(robot: RobotFile, recipes: Sequence[str], path: Path) -> None:
 def _plot(name: str, index: int, recipes: Sequence[str]) -> dict[str, Any]:
     curves = [("recorded", "/replay/recorded", INK)]
     curves += [
-        (recipe, f"/replay/{topic_name(recipe)}/command", COLOURS[k % len(COLOURS)]) for k, recipe in enumerate(recipes)
+        (recipe, f"/replay/{topic_name(recipe)}/command", COLOURS[k % len(COLOURS)])
+        for k, recipe in enumerate(recipes)
     ]
     return {
         "foxglovePanelTitle": name,

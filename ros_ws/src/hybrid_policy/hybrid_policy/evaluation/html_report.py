@@ -32,7 +32,14 @@ def write_page(report: Mapping[str, Any], folders: Mapping[str, Path], path: Pat
     if len(bags) > MOST_BAGS:
         sections.append(f"<p class=note>{len(bags) - MOST_BAGS} more bags are in report.json.</p>")
     body = "\n".join(
-        [_head(report), _verdict(report), _summary(report, recipes), _bag_table(bags, recipes), *sections, _foot(report)]
+        [
+            _head(report),
+            _verdict(report),
+            _summary(report, recipes),
+            _bag_table(bags, recipes),
+            *sections,
+            _foot(report),
+        ]
     )
     title = f"Replay · {report['settings'].get('robot', '')}"
     page = (
@@ -60,7 +67,11 @@ def _verdict(report: Mapping[str, Any]) -> str:
     checks = verdict["checks"] + report["measured"]["checks"]
     failed = not verdict["passed"]
     kind = "bad" if failed else ("good" if checks else "plain")
-    word = "Failed" if any(c["failed"] for c in checks) else ("Incomplete" if failed else ("Passed" if checks else "Replayed"))
+    word = (
+        "Failed"
+        if any(c["failed"] for c in checks)
+        else ("Incomplete" if failed else ("Passed" if checks else "Replayed"))
+    )
     rows = "".join(
         f"<tr class={'bad' if c['failed'] else 'good'}><td>{'✗' if c['failed'] else '✓'}</td><td>{_e(c['recipe'])}</td>"
         f"<td>{_e(c['figure'])}</td><td class=n>{_number(c['value'])}</td><td>fail if {_e(c['condition'])}</td></tr>"
@@ -84,7 +95,10 @@ def _summary(report: Mapping[str, Any], recipes: Sequence[str]) -> str:
         )
     if not rows:
         return ""
-    heads = "".join(f"<th class=n><i style='background:{figures.COLOURS[i % 6]}'></i>{_e(r)}</th>" for i, r in enumerate(recipes))
+    heads = "".join(
+        f"<th class=n><i style='background:{figures.COLOURS[i % 6]}'></i>{_e(r)}</th>"
+        for i, r in enumerate(recipes)
+    )
     return (
         f"<section><h2>Summary</h2><table><thead><tr><th>figure</th>{heads}<th></th><th></th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></section>"
@@ -112,10 +126,16 @@ def _bag_table(bags: Sequence[Mapping[str, Any]], recipes: Sequence[str]) -> str
     )
 
 
-def _bag(bag: Mapping[str, Any], report: Mapping[str, Any], folder: Path, recipes: Sequence[str], index: int) -> str:
-    with np.load(folder / "series.npz") as stored:
-        series = {key: stored[key] for key in stored.files}
-    parts = [f"<section class=bag id=bag{index}><h2>{_e(bag['name'])} <small>{bag['seconds']:.1f} s</small></h2>"]
+def _bag(
+    bag: Mapping[str, Any], report: Mapping[str, Any], folder: Path, recipes: Sequence[str], index: int
+) -> str:
+    series: dict[str, NDArray[Any]] = {}
+    if (folder / "series.npz").exists():  # a bag that could not be read at all has none
+        with np.load(folder / "series.npz") as stored:
+            series = {key: stored[key] for key in stored.files}
+    parts = [
+        f"<section class=bag id=bag{index}><h2>{_e(bag['name'])} <small>{bag['seconds']:.1f} s</small></h2>"
+    ]
     parts.append(_lines("What the policy could not be given", bag["lacks"], "bad"))
     parts.append(_lines("Damage", bag.get("problems", []), "warn"))
     parts.append(_lines("Notes", bag["notes"], "warn"))
@@ -144,14 +164,21 @@ def _bag(bag: Mapping[str, Any], report: Mapping[str, Any], folder: Path, recipe
             f"{t['max']:.3g}.</p>"
         )
     if bag["status"] != "replayed" and bag.get("topics"):
-        rows = "".join(f"<tr><td>{_e(t['name'])}</td><td>{_e(t['type'])}</td><td class=n>{t['messages']}</td></tr>" for t in bag["topics"])
+        rows = "".join(
+            f"<tr><td>{_e(t['name'])}</td><td>{_e(t['type'])}</td><td class=n>{t['messages']}</td></tr>"
+            for t in bag["topics"]
+        )
         parts.append(f"<h3>Topics in the bag</h3><table>{rows}</table>")
     parts.append("</section>")
     return "\n".join(part for part in parts if part)
 
 
 def _moments(
-    bag: Mapping[str, Any], series: Mapping[str, NDArray[Any]], recipes: Sequence[str], names: Sequence[str], origin: int
+    bag: Mapping[str, Any],
+    series: Mapping[str, NDArray[Any]],
+    recipes: Sequence[str],
+    names: Sequence[str],
+    origin: int,
 ) -> str:
     if not recipes:
         return ""
@@ -181,7 +208,10 @@ def _guard(bag: Mapping[str, Any], recipes: Sequence[str]) -> str:
     for recipe in recipes:
         one = bag["recipes"][recipe]
         g = one["guard"]
-        reasons = [*one["refusals"].items(), *((k, v) for k, v in one["hold_reasons"].items() if k not in one["refusals"])]
+        reasons = [
+            *one["refusals"].items(),
+            *((k, v) for k, v in one["hold_reasons"].items() if k not in one["refusals"]),
+        ]
         told = "; ".join(f"{count} × {reason}" for reason, count in reasons[:3])
         joints = ", ".join(f"{k} ({v})" for k, v in list(g["joints"].items())[:4])
         rows.append(
@@ -218,7 +248,10 @@ def _lines(title: str, lines: Sequence[str], kind: str) -> str:
 
 
 def _foot(report: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><td><code>{f.name}</code></td><td>{_e(f.unit)}</td><td>{_e(f.meaning)}</td></tr>" for f in FIGURES)
+    rows = "".join(
+        f"<tr><td><code>{f.name}</code></td><td>{_e(f.unit)}</td><td>{_e(f.meaning)}</td></tr>"
+        for f in FIGURES
+    )
     versions = ", ".join(f"{k} {v}" for k, v in report["measured"]["versions"].items())
     return (
         "<footer><details><summary>What each figure means</summary>"
@@ -230,7 +263,9 @@ def _foot(report: Mapping[str, Any]) -> str:
 def _jpeg(pixels: NDArray[np.uint8]) -> str:
     import cv2
 
-    done, data = cv2.imencode(".jpg", np.ascontiguousarray(pixels[:, :, ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 85])
+    done, data = cv2.imencode(
+        ".jpg", np.ascontiguousarray(pixels[:, :, ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 85]
+    )
     return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode() if done else ""
 
 

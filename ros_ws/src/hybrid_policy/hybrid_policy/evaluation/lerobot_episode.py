@@ -73,7 +73,9 @@ class LeRobotEpisode:
         try:
             values = np.array(self.table[key].to_pylist(), dtype=np.float64)
         except (ValueError, TypeError) as error:
-            raise InputError(f"{self.root}: {key}: rows of unlike length, expected one vector a frame") from error
+            raise InputError(
+                f"{self.root}: {key}: rows of unlike length, expected one vector a frame"
+            ) from error
         return values.reshape(self.length, -1)
 
     @cached_property

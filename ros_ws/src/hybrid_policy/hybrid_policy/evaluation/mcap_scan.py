@@ -98,7 +98,9 @@ class McapScan:
             if len(body) < length:
                 if opcode == _CHUNK:  # its first messages may still be whole
                     yield opcode, offset, memoryview(body)
-                raise _Damage(f"cut off at byte {offset}: a record of {length} bytes, {size - offset - 9} left")
+                raise _Damage(
+                    f"cut off at byte {offset}: a record of {length} bytes, {size - offset - 9} left"
+                )
             yield opcode, offset, memoryview(body)
 
     def _define(self, opcode: int, body: memoryview) -> None:
@@ -236,5 +238,3 @@ def _has_chunk_index(summary: bytes) -> bool:
             return True
         at += 9 + length
     return False
-
-

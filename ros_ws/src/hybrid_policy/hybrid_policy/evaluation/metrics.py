@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.evaluation.recorded_actions import RecordedActions
-from hybrid_policy.evaluation.replay import RecipeRun, ReplayedChunk
+from hybrid_policy.evaluation.replay_record import RecipeRun, ReplayedChunk
 from hybrid_policy.evaluation.survey import Survey, TopicSurvey
 
 Array = NDArray[np.float64]
@@ -138,7 +138,11 @@ def against_recipe(run: RecipeRun, base: RecipeRun, robot: RobotFile) -> dict[st
     found["action_cosine"] = _spread(cosines, low=True)
     size = np.abs(mine - theirs).mean(axis=(1, 2))
     worst = int(np.argmax(size))
-    found["worst"] = {"chunk": pairs[worst][0].number, "mae": float(size[worst]), "stamp": pairs[worst][0].stamp}
+    found["worst"] = {
+        "chunk": pairs[worst][0].number,
+        "mae": float(size[worst]),
+        "stamp": pairs[worst][0].stamp,
+    }
     found["pairs"] = len(pairs)
     return found
 
@@ -214,7 +218,9 @@ def inputs(topic: TopicSurvey, start: int) -> dict[str, Any]:
         "refused": dict(topic.refused.most_common()),
         "gaps": len(gaps),
         "longest_gap": max((seconds for _, seconds in gaps), default=0.0),
-        "gap_list": [{"at": (at - start) * 1e-9, "seconds": s} for at, s in sorted(gaps, key=lambda g: -g[1])[:20]],
+        "gap_list": [
+            {"at": (at - start) * 1e-9, "seconds": s} for at, s in sorted(gaps, key=lambda g: -g[1])[:20]
+        ],
         "lag": _spread([(a - s) * 1e-9 for a, s in zip(topic.arrivals, topic.stamps)]),
     }
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.evaluation.bag_writer import BagWriter
-from hybrid_policy.evaluation.replay import RecipeRun
+from hybrid_policy.evaluation.replay_record import RecipeRun
 
 if TYPE_CHECKING:
     from hybrid_policy.evaluation.metrics import Recorded

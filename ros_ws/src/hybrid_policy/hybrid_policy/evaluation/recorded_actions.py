@@ -137,7 +137,9 @@ class RecordedActions:
             point = getattr(message, "reference", None) or message.desired
             if not len(point.positions) and hasattr(message, "desired"):
                 point = message.desired
-            return now, self._by_name(message.joint_names, np.asarray(point.positions, dtype=np.float64)[None])
+            return now, self._by_name(
+                message.joint_names, np.asarray(point.positions, dtype=np.float64)[None]
+            )
         if kind == JOINT_STATE:
             return now, self._by_name(message.name, np.asarray(message.position, dtype=np.float64)[None])
         if kind == TWIST:
@@ -165,7 +167,9 @@ class RecordedActions:
         """Columns in the order of ``names``; NaN for those that the message does not command."""
         given = list(given)
         if values.ndim != 2 or values.shape[1] != len(given):
-            raise InputError(f"command: {values.shape[-1]} positions given, expected {len(given)} (one a joint)")
+            raise InputError(
+                f"command: {values.shape[-1]} positions given, expected {len(given)} (one a joint)"
+            )
         out = np.full((len(values), len(self.names)), np.nan)
         columns = [(i, given.index(name)) for i, name in enumerate(self.names) if name in given]
         if not columns:

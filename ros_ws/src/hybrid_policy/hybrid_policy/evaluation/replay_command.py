@@ -31,11 +31,11 @@ from hybrid_policy.errors import InputError
 from hybrid_policy.evaluation import batch, report
 from hybrid_policy.evaluation.bag import find_bags
 from hybrid_policy.evaluation.bag_job import ENGINE, BagJob
-from hybrid_policy.evaluation.delays import DelayModel, from_log
+from hybrid_policy.evaluation.delays import DelayModel, from_log, read_log
 from hybrid_policy.evaluation.foxglove import write_layout
 from hybrid_policy.evaluation.html_report import write_page
 from hybrid_policy.evaluation.progress import Bar
-from hybrid_policy.evaluation.replay import ReplaySettings
+from hybrid_policy.evaluation.replay_record import ReplaySettings
 from hybrid_policy.evaluation.summary import FIGURES, check, parse_conditions, summarise
 from hybrid_policy.share import resolve
 
@@ -44,34 +44,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("bags", nargs="+", help="bags: folders, *.mcap, *.db3, or folders of bags")
     parser.add_argument("--robot", required=True, help="robot file, or the name of one that ships")
-    parser.add_argument("--checkpoint", default="sim_pi05", help="checkpoint folder, or one that ships (default: %(default)s)")
-    parser.add_argument("--recipe", action="append", help="recipe file or name; may be repeated (default: bf16)")
+    parser.add_argument(
+        "--checkpoint", default="sim_pi05", help="checkpoint folder, or one that ships (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--recipe", action="append", help="recipe file or name; may be repeated (default: bf16)"
+    )
     parser.add_argument("--inputs-only", action="store_true", help="look at the bags alone, without a policy")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
-    parser.add_argument("-o", "--output", type=Path, default=Path("replay"), help="folder (default: ./replay)")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("replay"), help="folder (default: ./replay)"
+    )
     time = parser.add_argument_group("time")
     time.add_argument("--rate", type=float, default=5.0, help="inferences per second (default: %(default)s)")
-    time.add_argument("--delay", type=float, default=0.1, help="seconds that each inference takes (default: %(default)s)")
+    time.add_argument(
+        "--delay", type=float, default=0.1, help="seconds that each inference takes (default: %(default)s)"
+    )
     time.add_argument("--latency-log", type=Path, help="draw the delays from a node's latency log instead")
+    time.add_argument(
+        "--follow-log",
+        type=Path,
+        help="repeat a recorded run inference by inference, as this latency log says; needs the run's bag",
+    )
     time.add_argument("--duration", type=float, default=0.0, help="replay only the first seconds of each bag")
     chunks = parser.add_argument_group("chunks")
     chunks.add_argument("--chunking", choices=CHUNKING, default="rtc", help="default: %(default)s")
-    chunks.add_argument("--seed", type=int, default=0, help="of the noise and of the delays drawn (default: %(default)s)")
+    chunks.add_argument(
+        "--seed", type=int, default=0, help="of the noise and of the delays drawn (default: %(default)s)"
+    )
     topics = parser.add_argument_group("topics")
     topics.add_argument("--remap", action="append", default=[], metavar="FROM:=TO",
                         help="robot file's topic := bag's topic; may be repeated")  # fmt: skip
     topics.add_argument("--command-topic", default="", help="the topic with the recorded actions, if another")
-    topics.add_argument("--backend", choices=("rosbags", "rosbag2_py"), default="rosbags", help="default: %(default)s")
+    topics.add_argument(
+        "--backend", choices=("rosbags", "rosbag2_py"), default="rosbags", help="default: %(default)s"
+    )
     parser.add_argument("--fail-if", action="append", default=[], metavar="CONDITION",
                         help="e.g. 'action_cosine<0.99' or 'seed:holds>0'; exit 1 where it holds. Figures: "
                         + ", ".join(f.name for f in FIGURES))  # fmt: skip
     work = parser.add_argument_group("work")
-    work.add_argument("--jobs", type=int, default=1, help="bags at once, a process each (default: %(default)s)")
-    work.add_argument("--ray", action="store_true", help="each bag a Ray task (pip install 'hybrid_policy[ray]')")
+    work.add_argument(
+        "--jobs", type=int, default=1, help="bags at once, a process each (default: %(default)s)"
+    )
+    work.add_argument(
+        "--ray", action="store_true", help="each bag a Ray task (pip install 'hybrid_policy[ray]')"
+    )
     work.add_argument("--fresh", action="store_true", help="do bags anew that are done already")
     parser.add_argument("--no-html", action="store_true", help="write report.json alone")
     parser.add_argument("--no-predictions", action="store_true", help="write no bags of predictions")
-    parser.add_argument("--json", action="store_true", help="print report.json on stdout instead of the summary")
+    parser.add_argument(
+        "--json", action="store_true", help="print report.json on stdout instead of the summary"
+    )
     parser.add_argument("--policy", default=ENGINE, help=argparse.SUPPRESS)
 
 
@@ -116,9 +139,13 @@ def _settings(args: argparse.Namespace) -> ReplaySettings:
     if not 0.0 <= args.delay <= 60.0:
         raise InputError(f"--delay: {args.delay} given, expected seconds from 0 to 60")
     if not 0.0 < args.rate <= 1000.0:
-        raise InputError(f"--rate: {args.rate} given, expected inferences per second, above 0 and at most 1000")
+        raise InputError(
+            f"--rate: {args.rate} given, expected inferences per second, above 0 and at most 1000"
+        )
     if args.latency_log is not None:
         delay = from_log(args.latency_log, args.seed)
+    elif args.follow_log is not None:
+        delay = DelayModel(source=args.follow_log.name, followed=len(read_log(args.follow_log)))
     else:
         delay = DelayModel(fixed=round(args.delay * 1e9))
     cycle = CycleSettings(chunking=args.chunking, seed=args.seed)
@@ -141,9 +168,23 @@ def _jobs(
         names[stem] = names.get(stem, 0) + 1
         name = stem if names[stem] == 1 else f"{stem}_{names[stem]}"
         jobs.append(
-            BagJob(bag.resolve(), name, robot.resolve(), checkpoint, recipes, args.device, settings,
-                   args.output.resolve(), remap, args.command_topic, args.backend, not args.no_predictions, args.policy)
-        )  # fmt: skip
+            BagJob(
+                bag=bag.resolve(),
+                name=name,
+                robot=robot.resolve(),
+                checkpoint=checkpoint,
+                recipes=recipes,
+                device=args.device,
+                settings=settings,
+                output=args.output.resolve(),
+                remap=remap,
+                command_topic=args.command_topic,
+                backend=args.backend,
+                predictions=not args.no_predictions,
+                follow=args.follow_log.resolve() if args.follow_log else None,
+                policy=args.policy,
+            )
+        )
     return jobs
 
 
@@ -200,13 +241,16 @@ def _print(made: Mapping[str, Any], recipes: Sequence[str], output: Path, html: 
         for column in table.columns[1 : 1 + len(recipes)]:
             column.justify = "right"
         for figure in FIGURES:
-            values = [{**made["summary"][r], **made["measured"]["summary"][r]}.get(figure.name) for r in recipes]
+            values = [
+                {**made["summary"][r], **made["measured"]["summary"][r]}.get(figure.name) for r in recipes
+            ]
             if any(value is not None for value in values):
                 table.add_row(figure.name, *("–" if v is None else f"{v:.5g}" for v in values), figure.unit)
         console.print(table)
     for one in made["verdict"]["checks"] + made["measured"]["checks"]:
         if one["failed"]:
-            console.print(f"[red]FAILED[/red] {one['recipe']}: {one['figure']} is {one['value']} (fail if {one['condition']})")
+            console.print(
+                f"[red]FAILED[/red] {one['recipe']}: {one['figure']} is {one['value']} (fail if {one['condition']})"
+            )
     console.print(f"[bold]{made['verdict']['line']}[/bold]", soft_wrap=True)
     print(f"{output / ('report.html' if html else 'report.json')}", file=sys.stdout)
-

@@ -24,7 +24,10 @@ FORM: dict[str, tuple[str, str]] = {
     "verdict.checks[].figure": ("string", "the figure that was looked at"),
     "verdict.checks[].value": ("number or null", "its value; null where nothing says it, which fails"),
     "verdict.checks[].failed": ("boolean", "the condition holds"),
-    "settings": ("object", "robot, checkpoint, recipes, rate, delay, chunking, seed: what the replay follows from"),
+    "settings": (
+        "object",
+        "robot, checkpoint, recipes, rate, delay, chunking, seed: what the replay follows from",
+    ),
     "summary.<recipe>.<figure>": ("number or null", "see the table of figures"),
     "bags[].name": ("string", "of the bag in this report, and of its folder under bags/"),
     "bags[].status": ("string", "replayed, inputs only (something is lacking) or failed (unreadable)"),
@@ -33,20 +36,35 @@ FORM: dict[str, tuple[str, str]] = {
     "bags[].lacks[]": ("string", "why the policy could not be replayed"),
     "bags[].notes[]": ("string", "what was left out or taken instead, and why"),
     "bags[].problems[]": ("string", "damage to the files"),
-    "bags[].inputs[]": ("object", "an input: rate, gaps, refused messages, lag between stamp and recording (s)"),
+    "bags[].inputs[]": (
+        "object",
+        "an input: rate, gaps, refused messages, lag between stamp and recording (s)",
+    ),
     "bags[].recorded.source": ("string", "the topic of the recorded actions, or what stands in for them"),
     "bags[].tracking": ("object", "joint positions against recorded commands: mse, mae, max, by joint"),
     "bags[].recipes.<recipe>.against_recorded": ("object", "mse, mae, max, joints, horizon, cosines, skill"),
-    "bags[].recipes.<recipe>.against_first": ("object", "the same against the first recipe, and the worst chunk"),
+    "bags[].recipes.<recipe>.against_first": (
+        "object",
+        "the same against the first recipe, and the worst chunk",
+    ),
     "bags[].recipes.<recipe>.seams": ("object", "position (rad), velocity (rad/s), acceleration (rad/s^2)"),
-    "bags[].recipes.<recipe>.guard": ("object", "chunks limited; values limited by position, velocity, acceleration"),
+    "bags[].recipes.<recipe>.guard": (
+        "object",
+        "chunks limited; values limited by position, velocity, acceleration",
+    ),
     "bags[].recipes.<recipe>.holds": ("integer", "times the robot would have been held, with hold_reasons"),
-    "measured": ("object", "what differs from run to run: latency (ms) by bag and recipe, wall time, versions"),
+    "measured": (
+        "object",
+        "what differs from run to run: latency (ms) by bag and recipe, wall time, versions",
+    ),
 }
 
 
 def build(
-    bags: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], recipes: Sequence[str], checks: Sequence[Check]
+    bags: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    recipes: Sequence[str],
+    checks: Sequence[Check],
 ) -> dict[str, Any]:
     """The report. Everything outside ``measured`` follows from bags and settings alone."""
     kept, measured = [], {}
@@ -86,7 +104,9 @@ def verdict(
     failed = [c for c in checks if c.failed]
     absent = [b for b in bags if b.get("status") != "replayed"]
     if failed:
-        return failed[0].line.removeprefix("FAILED: ") + (f" (and {len(failed) - 1} more)" if len(failed) > 1 else "")
+        return failed[0].line.removeprefix("FAILED: ") + (
+            f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        )
     if absent:
         reason = (absent[0].get("lacks") or ["?"])[0]
         return f"{len(absent)} of {len(bags)} bags could not be replayed; {absent[0]['name']}: {reason}"

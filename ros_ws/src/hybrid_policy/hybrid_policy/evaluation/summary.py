@@ -66,7 +66,9 @@ _ALONE = {"action_cosine": "recorded_cosine", "action_mae": "recorded_mae", "act
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
 }  # fmt: skip
-_FORM = re.compile(r"^\s*(?:(?P<recipe>[^\s<>=]+)\s*:\s*)?(?P<name>\w+)\s*(?P<sign><=|>=|<|>)\s*(?P<bound>\S+)\s*$")
+_FORM = re.compile(
+    r"^\s*(?:(?P<recipe>[^\s<>=]+)\s*:\s*)?(?P<name>\w+)\s*(?P<sign><=|>=|<|>)\s*(?P<bound>\S+)\s*$"
+)
 
 
 def summarise(bags: Sequence[Result], recipes: Sequence[str]) -> dict[str, dict[str, float | None]]:
@@ -138,7 +140,9 @@ def parse_conditions(texts: Sequence[str], recipes: Sequence[str]) -> list[Condi
     for text in (part for given in texts for part in given.split(",") if part.strip()):
         match = _FORM.match(text)
         if match is None:
-            raise InputError(f"--fail-if: {text!r} given, expected [recipe:]figure<number, e.g. action_cosine<0.99")
+            raise InputError(
+                f"--fail-if: {text!r} given, expected [recipe:]figure<number, e.g. action_cosine<0.99"
+            )
         name, recipe = match["name"], match["recipe"] or ""
         if name not in NAMES:
             raise InputError(f"--fail-if: {name!r} given, expected one of {', '.join(NAMES)}")
@@ -164,7 +168,11 @@ def check(
     checks = []
     for condition in conditions:
         compared = condition.figure.path[0] == "against_first"
-        name = _ALONE.get(condition.figure.name, condition.figure.name) if len(recipes) == 1 else condition.figure.name
+        name = (
+            _ALONE.get(condition.figure.name, condition.figure.name)
+            if len(recipes) == 1
+            else condition.figure.name
+        )
         for i, recipe in enumerate(recipes):
             if condition.recipe and recipe != condition.recipe:
                 continue

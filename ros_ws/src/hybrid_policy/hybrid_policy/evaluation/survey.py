@@ -115,7 +115,9 @@ def survey(source: BagSource, robot: RobotFile, match: TopicMatch) -> Survey:
     lacks, notes = list(match.lacks), list(match.notes)
     for topic in list(topics.values()):
         if not decoder.knows(topic.type):
-            lacks.append(f"{topic.name}: type {topic.type} has no definition in the bag and is no standard one")
+            lacks.append(
+                f"{topic.name}: type {topic.type} has no definition in the bag and is no standard one"
+            )
     state = _Reading(robot, match, decoder, topics)
     for message in source.messages(match.used or list(source.topics)):
         state.take(message)
@@ -211,7 +213,11 @@ class _Reading:
         width = len(self.robot.joint_names)
         rows = np.array(self.joint_rows).reshape(-1, width)
         self._actions(clock, rows, notes)
-        used = [t for topic in self.topics.values() for t in (topic.stamps if clock == "stamp" else topic.arrivals)]
+        used = [
+            t
+            for topic in self.topics.values()
+            for t in (topic.stamps if clock == "stamp" else topic.arrivals)
+        ]
         start, end = (min(used), max(used)) if used else (self.first or 0, self.last)
         return Survey(
             self.match, self.topics, clock, start, end, lacks, notes, self.actions, at, rows, self.joint_names
@@ -237,7 +243,9 @@ class _Reading:
             return
         if not topic.stamps:
             kind, count = topic.refused.most_common(1)[0]
-            lacks.append(f"{topic.role}: none of {count} messages on {topic.name} can be used: {topic.examples[kind]}")
+            lacks.append(
+                f"{topic.role}: none of {count} messages on {topic.name} can be used: {topic.examples[kind]}"
+            )
             return
         if topic.zero_stamps:
             notes.append(
@@ -245,9 +253,13 @@ class _Reading:
                 "drops such messages, the replay takes their record times"
             )
         if topic.resets:
-            notes.append(f"{topic.name}: the clock was set back {topic.resets} times; the replay starts anew at each")
+            notes.append(
+                f"{topic.name}: the clock was set back {topic.resets} times; the replay starts anew at each"
+            )
         for kind, count in topic.refused.most_common(5):
-            notes.append(f"{topic.name}: {count} of {topic.messages} messages left out: {topic.examples[kind]}")
+            notes.append(
+                f"{topic.name}: {count} of {topic.messages} messages left out: {topic.examples[kind]}"
+            )
 
     def _actions(self, clock: str, rows: NDArray[np.float64], notes: list[str]) -> None:
         for kind, message, arrival, stamp, segment in self.pending:
@@ -276,4 +288,3 @@ def stamp_or_zero(message: Any) -> int:
     if header is None:
         return 0
     return int(header.stamp.sec) * 1_000_000_000 + int(header.stamp.nanosec)
-

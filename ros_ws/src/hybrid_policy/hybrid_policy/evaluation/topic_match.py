@@ -12,7 +12,11 @@ from hybrid_policy.evaluation.message_types import CONTROLLER_STATE
 
 IMAGE, COMPRESSED = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
 JOINT_STATE, TRAJECTORY = "sensor_msgs/msg/JointState", "trajectory_msgs/msg/JointTrajectory"
-FLOATS, TWIST, STRING = "std_msgs/msg/Float64MultiArray", "geometry_msgs/msg/TwistStamped", "std_msgs/msg/String"
+FLOATS, TWIST, STRING = (
+    "std_msgs/msg/Float64MultiArray",
+    "geometry_msgs/msg/TwistStamped",
+    "std_msgs/msg/String",
+)
 #: Types that can say what the robot was told, the plainest first.
 COMMANDS = (TRAJECTORY, CONTROLLER_STATE, FLOATS, TWIST, JOINT_STATE)
 
@@ -97,7 +101,9 @@ def _camera(
             continue
         kind = "compressed" if topic.type == COMPRESSED else "image"
         if kind != camera.type:
-            notes.append(f"camera {camera.name}: {topic.name} is {topic.type}; the robot file says {camera.type}")
+            notes.append(
+                f"camera {camera.name}: {topic.name} is {topic.type}; the robot file says {camera.type}"
+            )
         return topic.name, replace(camera, type=kind)
     return None
 
@@ -127,7 +133,9 @@ def _command(
             and (kind != JOINT_STATE or any(word in t.name for word in ("command", "action", "target", "leader")))
         ]  # fmt: skip
         if len(found) == 1:
-            notes.append(f"recorded actions: taken from {found[0].name} ({kind}), the robot file says {wanted}")
+            notes.append(
+                f"recorded actions: taken from {found[0].name} ({kind}), the robot file says {wanted}"
+            )
             return found[0].name
         if found:
             notes.append(

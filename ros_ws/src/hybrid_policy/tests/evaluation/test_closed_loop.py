@@ -30,12 +30,12 @@ def run(
     """Episodes of a policy that knows the state and answers with the expert's plan."""
     random = np.random.default_rng(11)
     robot = SimRobot(sample_scene(random))
-    if blind:
-        robot.render = lambda camera, size=224: np.zeros((4, 4, 3), np.uint8)  # type: ignore[method-assign]
+    # it is blind: nothing is rendered
+    robot.render = lambda camera, size=224: np.zeros((4, 4, 3), np.uint8)  # type: ignore[method-assign]
     results = []
     for seed in range(scenes):
         scene = sample_scene(random, SceneSettings(distractor=0.3))
-        episode = Episode(robot, scene, robot_file, SPEC, settings, seed)
+        episode = Episode(robot, scene, robot_file, SPEC, settings=settings, seed=seed)
         while (asked := episode.observe()) is not None:
             observation = asked[0]
             actions = robot_file.actions(plan(expert_state(robot), SPEC.horizon)[0])
@@ -60,7 +60,7 @@ def test_the_experts_plans_succeed_through_the_controller(robot_file: RobotFile,
 def test_observations_carry_the_stamps_and_ages(robot_file: RobotFile) -> None:
     robot = SimRobot(sample_scene(np.random.default_rng(0)))
     settings = LoopSettings(rate=5.0, delay=0.3, image_age=0.02, limit=1.5)
-    episode = Episode(robot, robot.scene, robot_file, SPEC, settings)
+    episode = Episode(robot, robot.scene, robot_file, SPEC, settings=settings)
     stamps = []
     while (asked := episode.observe()) is not None:
         observation, noise, previous = asked
@@ -81,7 +81,7 @@ def test_observations_carry_the_stamps_and_ages(robot_file: RobotFile) -> None:
 
 
 def test_wilson_interval_agrees_with_published_values() -> None:
-    # Wilson (1927) score interval without continuity correction: 81 of 263 gives 0.2553 ... 0.3662 (Newcombe 1998)
+    # Newcombe (1998), table of method 3: 81 of 263, 15 of 148
     low, high = wilson_interval(81, 263)
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
     low, high = wilson_interval(15, 148)

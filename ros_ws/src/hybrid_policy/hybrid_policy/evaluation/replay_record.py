@@ -1,0 +1,105 @@
+"""What a replay follows from and what it leaves: settings, chunks, a recipe's run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid_policy.control.cycle import CycleSettings
+from hybrid_policy.evaluation.delays import DelayModel
+from hybrid_policy.models.observation import Continuation, Observation
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """What determines a replay.
+
+    rate: inferences per second of the bag's time; one that takes longer than a period misses the next
+        starts, as in the node. delay: of each inference. cycle: chunking, blend, seed.
+    duration: seconds to replay at most; 0: all.
+    """
+
+    rate: float = 5.0
+    delay: DelayModel = field(default_factory=DelayModel)
+    cycle: CycleSettings = field(default_factory=CycleSettings)
+    duration: float = 0.0
+
+
+@dataclass(frozen=True)
+class ReplayedChunk:
+    """One inference. Times are nanoseconds on the bag's clock.
+
+    actions: float32 [horizon, action_dim]. commands: float64 [horizon, commands].
+    joints: float64 [joints], where the robot was. ages: input -> seconds since its stamp at the start.
+    timings: seconds by stage on this machine, ``infer`` the whole call; they differ between runs.
+    segment: resets of the clock before it.
+    """
+
+    number: int
+    stamp: int
+    started: int
+    finished: int
+    segment: int
+    actions: NDArray[np.float32]
+    commands: NDArray[np.float64]
+    joints: NDArray[np.float64]
+    accepted: bool
+    reason: str
+    seam: tuple[float, float, float]
+    clipped: tuple[int, int, int]
+    clipped_joints: tuple[str, ...]
+    skew: float
+    ages: dict[str, float]
+    prompt: str
+    continued: bool
+    timings: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A chunk worth looking at: its number, how bad it was, small pictures by camera name."""
+
+    score: float
+    number: int
+    pictures: dict[str, NDArray[np.uint8]]
+
+
+@dataclass
+class RecipeRun:
+    """One recipe's pass over one bag.
+
+    executed_times, executed: int64 [ticks], float64 [ticks, commands]: what the robot would have been
+        told, at the policy's rate. holds: (time, reason) of each time the robot would have been held.
+    """
+
+    recipe: str
+    chunks: list[ReplayedChunk] = field(default_factory=list)
+    executed_times: list[int] = field(default_factory=list)
+    executed: list[NDArray[np.float64]] = field(default_factory=list)
+    executed_segments: list[int] = field(default_factory=list)
+    holds: list[tuple[int, str]] = field(default_factory=list)
+    damaged: Counter[str] = field(default_factory=Counter)
+    missed: int = 0
+    drops: dict[str, dict[str, int]] = field(default_factory=dict)
+    worst: list[Moment] = field(default_factory=list)
+
+
+#: (chunk) -> how bad it was; larger is worse, NaN where unknown.
+Score = Callable[[ReplayedChunk], float]
+
+
+@dataclass(frozen=True)
+class Running:
+    """An inference between its start and its end."""
+
+    observation: Observation
+    noise: NDArray[np.float32]
+    previous: Continuation | None
+    started: int
+    finished: int
+    skew: float
+    ages: dict[str, float]
