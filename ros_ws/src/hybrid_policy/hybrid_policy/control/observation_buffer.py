@@ -7,6 +7,7 @@ same class serves the node (each from its own thread) and a replay.
 
 from __future__ import annotations
 
+import math
 import threading
 import zlib
 from collections import Counter, deque
@@ -28,8 +29,6 @@ PROMPT = "prompt"
 REORDER_WINDOW = 500_000_000
 #: rad (m): motion of any joint during which a live camera must show a difference.
 FROZEN_MOTION = 0.05
-_KEEP_IMAGES = 4
-_KEEP_JOINTS = 64
 _RATE_WINDOW = 2_000_000_000
 
 
@@ -131,8 +130,11 @@ class ObservationBuffer:
     def __init__(self, robot: RobotFile, cameras: Sequence[Camera], joint_margin: float = 0.5) -> None:
         self.robot = robot
         self._cameras = {camera.name: camera for camera in cameras}
-        self._inputs = {c.name: _Input(c.name, c.rate, _KEEP_IMAGES) for c in cameras}
-        self._inputs[JOINTS] = _Input(JOINTS, robot.joint_states_rate, _KEEP_JOINTS)
+        # As far back as an image may be old: a camera that is always late still finds its partners.
+        reach = robot.timeouts.camera
+        self._inputs = {c.name: _Input(c.name, c.rate, math.ceil(reach * c.rate) + 2) for c in cameras}
+        kept = max(64, math.ceil(reach * robot.joint_states_rate) + 2)
+        self._inputs[JOINTS] = _Input(JOINTS, robot.joint_states_rate, kept)
         self._prompt = robot.prompt
         self._prompt_drops: Counter[str] = Counter()
         self._frozen: dict[str, _Frozen] = {}

@@ -127,7 +127,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class RobotFile:
-    """A robot, as its file describes it; see ``config/robots/sim_aloha.yaml`` for the form."""
+    """A robot, as its file describes it; see ``config/robots/sim_aloha.yaml`` for the form.
+
+    action_conventions: of the joints whose actions are scaled otherwise than their states (``aloha.yaml``).
+    """
 
     name: str
     cameras: tuple[Camera, ...]
@@ -142,6 +145,7 @@ class RobotFile:
     conventions: Mapping[str, Convention]
     command: Command
     timeouts: Timeouts
+    action_conventions: Mapping[str, Convention] = field(default_factory=dict)
     description: str = ""
     source: str = ""
     robot_description_topic: str = ""
@@ -199,7 +203,8 @@ class RobotFile:
                 scale.append(1.0 / slope)
                 offset.append(grip.open - grip.open_value * slope)
         else:
-            used = [self.conventions.get(name, Convention()) for name in self.command_names]
+            both = {**self.conventions, **self.action_conventions}
+            used = [both.get(name, Convention()) for name in self.command_names]
             offset, scale = [c.offset for c in used], [c.scale for c in used]
         return np.array(order, dtype=np.intp), np.array(offset), np.array(scale)
 

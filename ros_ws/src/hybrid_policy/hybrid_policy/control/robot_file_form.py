@@ -43,15 +43,8 @@ def read_robot(top: Section) -> RobotFile:
     action = policy.names("action", choices=allowed)
     if interface == "twist" and not set(TWIST_AXES) <= set(action):
         raise policy.error("action", list(action), f"all of {', '.join(TWIST_AXES)} for a twist")
-    conventions = {}
-    for joint, section in policy.section("conventions", optional=True).items():
-        if joint not in joint_names:
-            raise policy.error(f"conventions.{joint}", joint, f"one of the joints {', '.join(joint_names)}")
-        scale = section.number("scale", 1.0)
-        if scale == 0.0:
-            raise section.error("scale", scale, "a number other than 0")
-        conventions[joint] = Convention(section.number("offset", 0.0), scale)
-        section.end()
+    conventions = _conventions(policy, "conventions", joint_names)
+    action_conventions = _conventions(policy, "action_conventions", joint_names)
     policy.end()
     command = _command(command_section, interface, rate, action)
     timeouts = _timeouts(top, interface)
@@ -70,11 +63,26 @@ def read_robot(top: Section) -> RobotFile:
         state_names=state,
         action_names=action,
         conventions=conventions,
+        action_conventions=action_conventions,
         command=command,
         timeouts=timeouts,
         robot_description_topic=urdf_topic,
         path=top.source,
     )
+
+
+def _conventions(policy: Section, key: str, joint_names: list[str]) -> dict[str, Convention]:
+    """``conventions``, or ``action_conventions``: of actions, where states are scaled otherwise."""
+    found = {}
+    for joint, section in policy.section(key, optional=True).items():
+        if joint not in joint_names:
+            raise policy.error(f"{key}.{joint}", joint, f"one of the joints {', '.join(joint_names)}")
+        scale = section.number("scale", 1.0)
+        if scale == 0.0:
+            raise section.error("scale", scale, "a number other than 0")
+        found[joint] = Convention(section.number("offset", 0.0), scale)
+        section.end()
+    return found
 
 
 def _cameras(top: Section) -> tuple[Camera, ...]:

@@ -50,11 +50,17 @@ class Watchdog:
                 faults.append(Fault(name, "frozen", text))
         return faults
 
-    def skew(self, skew: float) -> list[Fault]:
-        """The fault of inputs that are too far apart (seconds)."""
-        if skew <= self._timeouts.skew:
+    def skew(self, stamps: Mapping[str, int]) -> list[Fault]:
+        """The fault of inputs that belong together and are too far apart (stamps: nanoseconds by name)."""
+        if not stamps:
             return []
-        text = f"inputs: {skew:.3f} s apart, expected at most {self._timeouts.skew:g} s"
+        oldest, newest = min(stamps, key=stamps.__getitem__), max(stamps, key=stamps.__getitem__)
+        apart = (stamps[newest] - stamps[oldest]) * 1e-9
+        if apart <= self._timeouts.skew:
+            return []
+        text = (
+            f"inputs: {oldest} is {apart:.3f} s behind {newest}, expected at most {self._timeouts.skew:g} s"
+        )
         return [Fault("inputs", "skew", text)]
 
     def output(self, now: int, last_chunk: int | None) -> list[Fault]:

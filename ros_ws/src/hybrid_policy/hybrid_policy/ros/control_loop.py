@@ -308,8 +308,7 @@ class ControlLoop:
             faults.append(
                 Fault("prompt", "missing", "prompt: none yet, expected one on its topic or parameter")
             )
-        if not self._snapshot.missing:
-            faults += self.watchdog.skew(self._snapshot.skew)
+        faults += self.watchdog.skew(self._snapshot.stamps)
         if self.contended and self.status.state == WAITING:
             faults.append(Fault("output", "contended", self.contended))
         if self.status.state in (RUNNING, HOLDING):

@@ -52,10 +52,28 @@ class Inputs:
         self._subscriptions.append(
             node.create_subscription(JointState, robot.joint_states_topic, joints, depth)
         )
-        prompt = self._safely("prompt", buffer.receive_prompt)
-        # A volatile subscription would miss a latched prompt, a transient-local one a volatile publisher's.
-        for qos in (QoSProfile(depth=1), LATCHED):
-            self._subscriptions.append(node.create_subscription(String, robot.prompt_topic, prompt, qos))
+        self._prompt = self._safely("prompt", buffer.receive_prompt)
+        self._prompt_topic, self._latched = robot.prompt_topic, False
+        self._subscriptions.append(
+            node.create_subscription(String, robot.prompt_topic, self._prompt, QoSProfile(depth=1))
+        )
+
+    def look_for_latched_prompt(self) -> None:
+        """Listen to a latched prompt too, once one is published.
+
+        The volatile subscription hears every publisher but misses what was latched before it; a latched
+        one hears latched publishers only, and makes every other one warn.
+        """
+        if self._latched:
+            return
+        found = [
+            i.qos_profile.durability for i in self._node.get_publishers_info_by_topic(self._prompt_topic)
+        ]
+        if found and all(durability == DurabilityPolicy.TRANSIENT_LOCAL for durability in found):
+            self._latched = True
+            self._subscriptions.append(
+                self._node.create_subscription(String, self._prompt_topic, self._prompt, LATCHED)
+            )
 
     def _safely(self, name: str, receive: Callable[[Any], None]) -> Callable[[Any], None]:
         def callback(message: Any) -> None:

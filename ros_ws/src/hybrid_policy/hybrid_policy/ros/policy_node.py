@@ -307,6 +307,8 @@ class PolicyNode(LifecycleNode):
             self.failed.clear()
             self.get_logger().error(f"deactivating: {self.problem}")
             self.trigger_deactivate()
+        if self._inputs is not None:
+            self._inputs.look_for_latched_prompt()
         if self._loop is None or self.values["dry_run"]:
             return
         others = self.count_publishers(self._output.topic) - 1

@@ -204,7 +204,8 @@ def interpolate(left: _Knot, right: _Knot, now: int) -> tuple[Array, Array, Arra
 
     The polynomial of the highest degree that both ends give boundary values for: 1, 3 or 5.
     """
-    duration, t = (right.time - left.time) * 1e-9, (now - left.time) * 1e-9
+    duration = (right.time - left.time) * 1e-9
+    t = min(max((now - left.time) * 1e-9, 0.0), duration)  # a clock that was set back extrapolates nothing
     change = right.positions - left.positions
     if left.velocities is None or right.velocities is None:
         rate = change / duration

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-
 from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.models.observation import ActionChunk, Observation, PolicySpec
 from hybrid_policy.share import share_path

@@ -136,8 +136,10 @@ def test_watchdog_names_each_fault(tmp_path: Path) -> None:
     assert [str(f) for f in stale] == ["joints: 0.21 s old, expected at most 0.2 s"]
     assert [f.source for f in watchdog.inputs(buffer.status(T0 + 600 * MS))] == ["cam", "joints"]
     assert [f.kind for f in watchdog.inputs(buffer.status(T0 - 200 * MS))] == ["future", "future"]
-    assert watchdog.skew(0.1) == []
-    assert watchdog.skew(0.11)[0].kind == "skew"
+    assert watchdog.skew({}) == []
+    assert watchdog.skew({"cam": T0, "joints": T0 + 100 * MS}) == []
+    apart = watchdog.skew({"cam": T0, "joints": T0 + 110 * MS})
+    assert str(apart[0]) == "inputs: cam is 0.110 s behind joints, expected at most 0.1 s"
     assert watchdog.output(T0, None) == []
     assert watchdog.output(T0 + 999 * MS, T0) == []
     assert watchdog.output(T0 + 1001 * MS, T0)[0].kind == "overdue"

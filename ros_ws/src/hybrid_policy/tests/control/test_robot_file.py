@@ -120,10 +120,10 @@ def test_one_clear_line(tmp_path: Path, old: str, new: str, said: str) -> None:
 
 
 def test_a_twist_needs_its_axes_and_its_gripper(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="policy.action"):
+    with pytest.raises(InputError, match=r"policy\.action"):
         robot(tmp_path, TWIST.replace("[x, y, z, roll, pitch, yaw, gripper]", "[x, y, z]"))
     without = TWIST.replace("  gripper: {topic: gripper/commands, open: 0.04, closed: 0.0}\n", "")
-    with pytest.raises(InputError, match="command.gripper"):
+    with pytest.raises(InputError, match=r"command\.gripper"):
         robot(tmp_path, without)
 
 
