@@ -40,6 +40,8 @@ class KnownAssets:
 
     cameras: those that its robot has (openpi masks the others, which is the same as leaving them out).
     relative: which action dimensions are relative to the state (openpi's ``AbsoluteActions``).
+    integrated: what one unit of a velocity moves in one step; 0 for a position (DROID's
+        ``joint_velocity_to_delta``: 0.2 rad).
     Source: openpi ``training/config.py`` and ``policies/*_policy.py``.
     """
 
@@ -48,6 +50,7 @@ class KnownAssets:
     horizon: int
     cameras: tuple[str, ...]
     relative: tuple[bool, ...] = ()
+    integrated: tuple[float, ...] = ()
     state_in_prompt: bool = True
 
 
@@ -56,7 +59,7 @@ _SIX_AND_GRIPPER = (True,) * 6 + (False,)
 #: openpi's asset ids (``assets/<id>/norm_stats.json``) of the published pi0.5 checkpoints
 OPENPI_ASSETS = {
     "trossen": KnownAssets(14, 14, 50, OPENPI_CAMERAS, _SIX_AND_GRIPPER * 2),
-    "droid": KnownAssets(8, 8, 15, OPENPI_CAMERAS[:2]),
+    "droid": KnownAssets(8, 8, 15, OPENPI_CAMERAS[:2], integrated=(0.2,) * 7 + (0.0,)),
     "physical-intelligence/libero": KnownAssets(8, 7, 10, OPENPI_CAMERAS[:2], state_in_prompt=False),
 }
 

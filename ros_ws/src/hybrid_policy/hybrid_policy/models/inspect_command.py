@@ -78,6 +78,7 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
         "state": _normalization(processors.state),
         "action": _normalization(processors.action),
         "relative_actions": list(processors.relative),
+        "integrated_actions": list(processors.integrated),
         "tokenizer": str(processors.tokenizer.path) if processors.tokenizer else None,
         "notes": checkpoint.notes,
         "missing": processors.missing,
@@ -142,6 +143,9 @@ def _print(checkpoint: Checkpoint, found: dict[str, Any]) -> None:
     print(f"  {'state':<10}{found['state']}")
     print(f"  {'action':<10}{found['action']}")
     print(f"  {'':<10}{f'dimensions {relative} relative to the state' if relative else 'absolute'}")
+    velocities = [i for i, step in enumerate(checkpoint.processors.integrated) if step]
+    if velocities:
+        print(f"  {'':<10}dimensions {velocities} velocities, added up from the state")
     print(f"  {'tokenizer':<10}{found['tokenizer'] or 'none'}")
     for line in found["notes"]:
         print(f"note: {line}")

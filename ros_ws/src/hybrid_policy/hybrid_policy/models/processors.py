@@ -70,6 +70,8 @@ class Processors:
 
     state, action: normalisation, None where the checkpoint has no statistics.
     relative: bool [action_dim] or shorter: dimensions predicted relative to the state; empty for none.
+    integrated: [action_dim] or shorter: what one unit of a velocity moves in one step, 0 for a dimension
+        that is none; velocities are clipped to [-1, 1] and added up from the state. Empty for none.
     missing: what the checkpoint lacks to run, each a sentence; ``prepare`` refuses while there is any.
     """
 
@@ -79,6 +81,7 @@ class Processors:
     prompt_style: PromptStyle
     tokenizer: Tokenizer | None
     relative: tuple[bool, ...] = ()
+    integrated: tuple[float, ...] = ()
     missing: list[str] = field(default_factory=list)
     _cached: tuple[str, list[int]] | None = field(default=None, repr=False)
     _warned: bool = field(default=False, repr=False)
@@ -163,7 +166,7 @@ class Processors:
 
         Args:
             normalized: float [H, max_action_dim] (or [H, action_dim]).
-            observation: that it was inferred from; relative actions count from its state.
+            observation: that it was inferred from; relative actions and velocities count from its state.
 
         Returns:
             float32 [H, action_dim].
@@ -171,12 +174,20 @@ class Processors:
         if self.action is None:
             raise InputError("\n".join(self.missing) or "action: the checkpoint has no statistics")
         actions = self.action.unnormalize(normalized[..., : self.config.action_dim]).astype(np.float64)
+        if any(self.integrated):
+            on, step = self._velocities()
+            moved = np.cumsum(np.clip(actions[..., on], -1.0, 1.0) * step, axis=-2)
+            actions[..., on] = observation.state[on] + moved
         if any(self.relative):
-            moved = np.zeros(self.config.action_dim)
             n = len(self.relative)
-            moved[:n] = np.where(self.relative, observation.state[:n], 0.0)
-            actions = actions + moved
+            actions[..., :n] += np.where(self.relative, observation.state[:n], 0.0)
         return actions.astype(np.float32)
+
+    def _velocities(self) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+        """Which dimensions are velocities, and what one unit of each moves in one step."""
+        steps = np.asarray(self.integrated, dtype=np.float64)
+        on = np.flatnonzero(steps)
+        return on, steps[on]
 
     def normalized_actions(
         self, actions: NDArray[np.floating], state: NDArray[np.floating]
@@ -190,6 +201,10 @@ class Processors:
         if self.action is None:
             raise InputError("\n".join(self.missing) or "action: the checkpoint has no statistics")
         values = np.array(actions, dtype=np.float64)
+        if any(self.integrated):
+            on, step = self._velocities()
+            before = np.concatenate((state[..., None, on], values[..., :-1, on]), axis=-2)
+            values[..., on] = (values[..., on] - before) / step
         if any(self.relative):
             n = len(self.relative)
             values[..., :n] -= np.where(self.relative, state[..., None, :n], 0.0)

@@ -47,6 +47,10 @@ def read_processors(
     found = load_tokenizer(tokenizer) if tokenizer is not None else find_tokenizer(directory)
     read = _lerobot if description.form == "lerobot" else _openpi
     processors = read(directory, description)
+    known = OPENPI_ASSETS.get(description.asset_id or "")
+    processors.integrated = _integrated(
+        directory / "dims.json", description, known.integrated if known else ()
+    )
     processors.config = processors.config.replace(state_in_prompt=processors.prompt_style == "state")
     processors.tokenizer = found
     if found is None:
@@ -58,14 +62,13 @@ def _openpi(directory: Path, description: Description) -> Processors:
     config, asset_id = description.config, description.asset_id
     style: PromptStyle = "state" if config.state_in_prompt else "openpi_plain"
     known = OPENPI_ASSETS.get(asset_id or "")
-    relative = _relative(directory / "dims.json", description.dims, known.relative if known else ())
+    relative = _relative(directory / "dims.json", description, known.relative if known else ())
     path = directory / "assets" / (asset_id or "<id>") / "norm_stats.json"
     if ".." in Path(asset_id or "").parts or Path(asset_id or "").is_absolute():
         raise InputError.at(directory / "dims.json", "asset_id", asset_id, "a folder below assets/")
     if not path.exists():
-        return Processors(
-            config, None, None, style, None, relative, [f"{path}: no statistics (openpi's norm_stats.json)"]
-        )
+        missing = [f"{path}: no statistics (openpi's norm_stats.json)"]
+        return Processors(config, None, None, style, None, relative, missing=missing)
     stats = read_json(path).get("norm_stats")
     mode: Mode = "quantiles" if config.kind == "pi05" else "mean_std"  # openpi: use_quantile_norm
 
@@ -90,15 +93,30 @@ def _numbers(path: Path, key: str, value: Any) -> Floats:
         raise InputError.at(path, key, value, "a list of numbers") from error
 
 
-def _relative(path: Path, dims: dict[str, Any], default: tuple[bool, ...]) -> tuple[bool, ...]:
-    given = dims.get("relative_actions")
+def _relative(path: Path, description: Description, default: tuple[bool, ...]) -> tuple[bool, ...]:
+    given = description.dims.get("relative_actions")
     if given is None:
         return default
-    if not isinstance(given, list) or not all(isinstance(v, bool) for v in given):
+    limit = min(description.config.action_dim, description.config.state_dim)
+    booleans = isinstance(given, list) and all(isinstance(v, bool) for v in given)
+    if not booleans or len(given) > limit:
         raise InputError.at(
             path, "relative_actions", given, "a list of true and false, one an action dimension"
         )
     return tuple(given)
+
+
+def _integrated(path: Path, description: Description, default: tuple[float, ...]) -> tuple[float, ...]:
+    """Velocities among the actions: dims.json's ``integrated_actions``, else what the published one has."""
+    given, limit = description.dims.get("integrated_actions"), description.config.action_dim
+    if given is None:
+        return default
+    numbers = isinstance(given, list) and all(type(v) in (int, float) for v in given)
+    if not numbers or len(given) > min(limit, description.config.state_dim):
+        raise InputError.at(
+            path, "integrated_actions", given, "a list of numbers, at most one an action dimension"
+        )
+    return tuple(float(v) for v in given)
 
 
 def _steps(path: Path) -> list[tuple[str, dict[str, Any], str | None]]:
