@@ -33,7 +33,7 @@ from hybrid_policy.evaluation.topic_match import match_topics
 from hybrid_policy.models.observation import Policy
 
 RESULT, SERIES = "result.json", "series.npz"
-#: (checkpoint, recipe, device) -> a policy; "module:function", so that a task can name it.
+#: (checkpoint, recipe, device, CPU threads) -> a policy; "module:function", so that a task can name it.
 ENGINE = "hybrid_policy.evaluation.policies:load_engine"
 #: (fraction done, what is being done)
 Tell = Callable[[float, str], None]
@@ -60,6 +60,7 @@ class BagJob:
     backend: str = "rosbags"
     predictions: bool = True
     follow: Path | None = None
+    cpu_threads: int = 1
     policy: str = ENGINE
 
     @property
@@ -134,7 +135,7 @@ def _replay(job: BagJob, tell: Tell) -> tuple[dict[str, Any], dict[str, NDArray[
         if any(not run.chunks for run in runs):
             result["status"] = "inputs only"
             result["lacks"].append(_why_no_chunk(runs[0]))
-        _compare_published(passes, source, known, result)
+        _compare_published(passes, result)
         result["problems"] = list(source.problems)
         series |= _run_series(runs, recorded)
         if job.predictions:
@@ -149,14 +150,15 @@ def _runs(
 ) -> list[PolicyPass]:
     runs: list[PolicyPass] = []
     log = read_log(job.follow) if job.follow is not None else []
+    sent = list(published(source, known.match.command)) if log else []
     for i, recipe in enumerate(job.recipes):
         tell(i / len(job.recipes), f"{recipe}: loading")
-        policy = load_policy(job.policy, job.checkpoint, recipe, job.device)
+        policy = load_policy(job, recipe)
         score = _difference(runs[0].run_record) if runs else recorded.score
         one: PolicyPass
         if log:
             one = FollowLog(
-                robot, policy, known, cycle=job.settings.cycle, log=log, recipe=recipe, score=score
+                robot, policy, known, cycle=job.settings.cycle, log=log, sent=sent, recipe=recipe, score=score
             )
         else:
             one = Replay(robot, policy, known, settings=job.settings, recipe=recipe, score=score)
@@ -167,14 +169,11 @@ def _runs(
     return runs
 
 
-def _compare_published(
-    passes: list[PolicyPass], source: BagSource, known: Survey, result: dict[str, Any]
-) -> None:
+def _compare_published(passes: list[PolicyPass], result: dict[str, Any]) -> None:
     """Where a log was followed: the trajectories against those that the node published."""
     for one in passes:
         if isinstance(one, FollowLog):
-            sent = list(published(source, known.match.command))
-            result["recipes"][one.run_record.recipe]["parity"] = parity(one.trajectories, sent)
+            result["recipes"][one.run_record.recipe]["parity"] = parity(one.pairs)
             if one.unmatched:
                 result["notes"].append(
                     f"{one.run_record.recipe}: {len(one.unmatched)} chunks of the log have inputs that the bag "
@@ -192,16 +191,17 @@ def _difference(base: RecipeRun) -> Callable[[ReplayedChunk], float]:
     return score
 
 
-def load_policy(factory: str, checkpoint: str, recipe: str, device: str) -> Policy:
-    """The policy that ``factory`` ("module:function") makes; kept, as loading takes long."""
-    key = (factory, checkpoint, recipe, device)
+def load_policy(job: BagJob, recipe: str) -> Policy:
+    """The policy that the job's factory makes for a recipe; kept, as loading takes long."""
+    key = (job.policy, job.checkpoint, recipe, job.device, job.cpu_threads)
     if key not in _LOADED:
-        module, _, name = factory.partition(":")
-        _LOADED[key] = getattr(importlib.import_module(module), name)(checkpoint, recipe, device)
+        module, _, name = job.policy.partition(":")
+        make = getattr(importlib.import_module(module), name)
+        _LOADED[key] = make(job.checkpoint, recipe, job.device, job.cpu_threads)
     return _LOADED[key]
 
 
-_LOADED: dict[tuple[str, str, str, str], Policy] = {}
+_LOADED: dict[tuple[str, str, str, str, int], Policy] = {}
 
 
 def _describe(known: Survey, robot: RobotFile, source: BagSource) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 The log names, for each chunk, the stamps of the inputs it was inferred from, when inference started and when
 the chunk came into force. With the bag recorded meanwhile the same observations, noise and continuations
-go through the same cycle, so the trajectories must be those that the node published.
+go through the same cycle, so the trajectories must be those that the node published. What the node
+published beside chunks (one point: it held) is taken from the bag, as no log says when a watchdog barked.
 """
 
 from __future__ import annotations
@@ -26,18 +27,21 @@ from hybrid_policy.evaluation.policy_pass import PolicyPass
 from hybrid_policy.evaluation.replay_record import Running, Score
 from hybrid_policy.evaluation.survey import Survey, stamp_or_zero
 from hybrid_policy.evaluation.topic_match import TRAJECTORY
-from hybrid_policy.models.observation import Policy
+from hybrid_policy.models.observation import ActionChunk, Continuation, Policy
 
+Array = NDArray[np.float64]
+#: (record time, float64 [points, joints]) of a published trajectory.
+Sent = tuple[int, Array]
 #: Messages of each input kept while the log's inferences are matched.
 _KEEP = 512
 #: ns: inputs that have not come this long after an inference started are not in the bag.
 _PATIENCE = 2_000_000_000
 #: ns: a published trajectory is recorded within this of its chunk coming into force.
-_PUBLISHED_WITHIN = 100_000_000
+_PUBLISHED_WITHIN = 200_000_000
 
 
 class FollowLog(PolicyPass):
-    """One pass along a latency log. ``trajectories`` holds (finished, trajectory) of every accepted chunk.
+    """One pass along a latency log. ``pairs`` holds (replayed trajectory, published positions or None).
 
     unmatched: chunks of the log whose inputs the bag lacks; from the first of them on, what follows may
     differ from the run, as it continues another chunk.
@@ -51,6 +55,7 @@ class FollowLog(PolicyPass):
         *,
         cycle: CycleSettings,
         log: Sequence[Mapping[str, Any]],
+        sent: Sequence[Sent],
         recipe: str,
         score: Score,
     ) -> None:
@@ -63,11 +68,14 @@ class FollowLog(PolicyPass):
         if any(not record.get("finished") for record in log):
             raise InputError("latency log: chunks without finished, expected the log of this version's node")
         self._log = deque(log)
+        self._sent = list(sent)
+        self._next_sent = 0
+        self._last_chunk: ActionChunk | None = None
         self._kept: dict[str, deque[tuple[int, Any]]] = {
             name: deque(maxlen=_KEEP) for name in (*self._roles.values(), JOINTS)
         }
         self._ticked = 0
-        self.trajectories: list[tuple[int, Trajectory]] = []
+        self.pairs: list[tuple[Trajectory, Array | None]] = []
         self.unmatched: list[int] = []
 
     def run(self, source: BagSource) -> Iterator[float]:
@@ -135,15 +143,38 @@ class FollowLog(PolicyPass):
         except InputError as error:
             self.run_record.damaged[str(error)] += 1
             return
-        noise, previous = self._cycle.prepare(observation)
+        noise, _ = self._cycle.prepare(observation)
+        previous = None
+        if record["consumed"] > 0 and self._last_chunk is not None:
+            normalised = self._last_chunk.normalised
+            previous = Continuation(normalised, int(record["consumed"]), int(record["delay"]))
         ages = {name: (started - stamp) * 1e-9 for name, stamp in snapshot.stamps.items()}
         running = Running(observation, noise, previous, started, finished, snapshot.skew, ages)
+        message = self._published(record) if record["accepted"] else None
         reason = str(record.get("reason", ""))
         result = self._complete(running, reason if reason.startswith("discarded") else "")
         if result.trajectory is not None:
-            self.trajectories.append((finished, result.trajectory))
-        elif not reason.startswith("discarded"):
-            self._hold(finished, result.reason)
+            self.pairs.append((result.trajectory, message))
+            self._last_chunk = result.chunk
+            if message is None:  # nobody heard it: the node then forgets it as well
+                self._cycle.timeline.clear()
+
+    def _published(self, record: Mapping[str, Any]) -> Array | None:
+        """The message that this chunk went out as; holds published before it are applied on the way."""
+        finished = int(record["finished"])
+        points = self._policy.spec.horizon - int(record["cut"])
+        at = self._next_sent
+        while at < len(self._sent) and self._sent[at][0] <= finished + _PUBLISHED_WITHIN:
+            arrived, positions = self._sent[at]
+            if arrived >= finished and len(positions) == points:
+                for held_at, held in self._sent[self._next_sent : at]:
+                    if len(held) == 1:
+                        self.run_record.holds.append((held_at, "the node held (published in the bag)"))
+                        self._cycle.hold(held_at, held[0])
+                self._next_sent = at + 1
+                return positions
+            at += 1
+        return None
 
     def _tick_until(self, end: int) -> None:
         if self._cycle.timeline.current is None:
@@ -154,7 +185,7 @@ class FollowLog(PolicyPass):
             self._ticked += self._robot.period
 
 
-def published(source: BagSource, topic: str) -> Iterator[tuple[int, NDArray[np.float64]]]:
+def published(source: BagSource, topic: str) -> Iterator[Sent]:
     """(record time, float64 [points, joints]) of every JointTrajectory on ``topic``."""
     decoder = Decoder(source.topics)
     for message in source.messages([topic]) if topic in source.topics else ():
@@ -163,23 +194,12 @@ def published(source: BagSource, topic: str) -> Iterator[tuple[int, NDArray[np.f
             yield message.t_ns, np.array([p.positions for p in points], dtype=np.float64)
 
 
-def parity(
-    trajectories: Sequence[tuple[int, Trajectory]], sent: Sequence[tuple[int, NDArray[np.float64]]]
-) -> dict[str, float | int | None]:
+def parity(pairs: Sequence[tuple[Trajectory, Array | None]]) -> dict[str, float | int | None]:
     """Trajectories replayed against those published: how many were found, and the largest difference (rad)."""
-    gaps = []
-    times = np.array([at for at, _ in sent], dtype=np.int64)
-    for finished, trajectory in trajectories:
-        k = int(np.searchsorted(times, finished))
-        if k == len(sent) or times[k] - finished > _PUBLISHED_WITHIN:
-            continue
-        points = sent[k][1]
-        if points.shape == trajectory.positions.shape:
-            gaps.append(float(np.abs(points - trajectory.positions).max()))
-        else:
-            gaps.append(float("inf"))
+    gaps = [float(np.abs(sent - mine.positions).max()) if sent.shape == mine.positions.shape else float("inf")
+            for mine, sent in pairs if sent is not None]  # fmt: skip
     return {
-        "replayed": len(trajectories),
+        "replayed": len(pairs),
         "matched": len(gaps),
         "largest_difference": max(gaps) if gaps else None,
         "beyond_1e-6": sum(gap > 1e-6 for gap in gaps),

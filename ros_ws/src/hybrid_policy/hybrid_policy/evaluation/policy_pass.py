@@ -29,7 +29,14 @@ class PolicyPass:
     """Completes inferences, ticks, holds and remembers; ``run_record`` is the outcome."""
 
     def __init__(
-        self, robot: RobotFile, policy: Policy, known: Survey, *, cycle: CycleSettings, recipe: str, score: Score
+        self,
+        robot: RobotFile,
+        policy: Policy,
+        known: Survey,
+        *,
+        cycle: CycleSettings,
+        recipe: str,
+        score: Score,
     ) -> None:
         """Set up cycle and buffer.
 

@@ -53,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inputs-only", action="store_true", help="look at the bags alone, without a policy")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
     parser.add_argument(
+        "--cpu-threads",
+        type=int,
+        default=1,
+        help="of PyTorch on the CPU; another number gives other last digits (default: %(default)s, as the node)",
+    )
+    parser.add_argument(
         "-o", "--output", type=Path, default=Path("replay"), help="folder (default: ./replay)"
     )
     time = parser.add_argument_group("time")
@@ -136,6 +142,8 @@ def run(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace) -> ReplaySettings:
     if args.jobs < 1:
         raise InputError(f"--jobs: {args.jobs} given, expected at least 1")
+    if args.cpu_threads < 1:
+        raise InputError(f"--cpu-threads: {args.cpu_threads} given, expected at least 1")
     if not 0.0 <= args.delay <= 60.0:
         raise InputError(f"--delay: {args.delay} given, expected seconds from 0 to 60")
     if not 0.0 < args.rate <= 1000.0:
@@ -182,6 +190,7 @@ def _jobs(
                 backend=args.backend,
                 predictions=not args.no_predictions,
                 follow=args.follow_log.resolve() if args.follow_log else None,
+                cpu_threads=args.cpu_threads,
                 policy=args.policy,
             )
         )
