@@ -210,6 +210,11 @@ class Rig:
         with self._lock:
             return self.controller.desired
 
+    def measured(self) -> np.ndarray:
+        """Where the robot is."""
+        with self._lock:
+            return self._measured.copy()
+
     def chunks(self, since: float) -> list[JointTrajectory]:
         """Trajectories of more than a point that were heard since a time."""
         return [m for t, m in list(self.heard.trajectories) if t >= since and len(m.points) > 1]
