@@ -64,7 +64,7 @@ def _episode(job: EpisodesJob, robot: SimRobot, robot_file: RobotFile, seed: int
     if job.label:
         delay, age = float(random.choice(DELAYS)), float(random.uniform(0.0, 0.05))
         settings = replace(settings, delay=delay, image_age=age)
-    return Episode(robot, scene, robot_file, job.spec, settings, seed)
+    return Episode(robot, scene, robot_file, job.spec, settings=settings, seed=seed)
 
 
 def _episodes(job: EpisodesJob, pipe: Connection) -> None:
