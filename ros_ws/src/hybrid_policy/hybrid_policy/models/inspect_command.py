@@ -113,7 +113,7 @@ def _print(checkpoint: Checkpoint, found: dict[str, Any]) -> None:
     asset = f", statistics {found['asset_id']}" if found["asset_id"] else ""
     types = ", ".join(f"{count} {dtype}" for dtype, count in found["tensors"].items())
     print(f"{kind}, {total / 1e6:,.1f} M parameters, {form}{asset}")
-    print(f"  {found['directory']}: {', '.join(found['files'])} ({size / 1e9:.2f} GB; {types})")
+    print(f"  {found['directory']}: {', '.join(found['files'])} ({size / 1e6:,.1f} MB; {types})")
     print("parameters")
     for part, count in found["parameters"].items():
         print(f"  {part:<24}{count / 1e6:>12,.2f} M")

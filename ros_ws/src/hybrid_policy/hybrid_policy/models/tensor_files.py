@@ -43,6 +43,9 @@ DTYPES: dict[str, tuple[torch.dtype | None, int]] = {
     "BOOL": (torch.bool, 8),
 }
 
+#: elements that are copied and checked at a time
+PIECE = 1 << 24
+
 #: what other frameworks and older checkpoints leave in a directory
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -179,11 +182,11 @@ class TensorFile:
             flat = torch.frombuffer(bytearray(self._map[info.begin : info.end]), dtype=dtype)
         return flat.view(info.shape)
 
-    def forget(self, name: str) -> None:
-        """Give the pages of one tensor back to the system; they stay readable."""
+    def forget(self, name: str, begin: int, end: int) -> None:
+        """Give the pages of some bytes of a tensor back to the system; they stay readable."""
         info, page = self.infos[name], mmap.PAGESIZE
-        begin = -(-info.begin // page) * page
-        length = (info.end // page) * page - begin
+        begin = -(-(info.begin + begin) // page) * page
+        length = (min(info.begin + end, info.end) // page) * page - begin
         if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, begin, length)
 
@@ -258,17 +261,20 @@ class TensorStore:
         return self._owner[name].read(name)
 
     def load(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """One floating-point tensor straight to ``device`` in ``dtype``; the mapped pages are let go.
+        """One floating-point tensor straight to ``device`` in ``dtype``, in pieces whose pages are let go.
 
         Raises:
             InputError: it holds NaN or infinity.
         """
-        mapped = self.read(name)
-        tensor = mapped.to(device=device, dtype=dtype, copy=True)
-        if not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{self.info(name).file}: {name}: holds NaN or infinity (as {dtype})")
-        del mapped
-        self._owner[name].forget(name)
+        owner, source = self._owner[name], self.read(name).flatten()
+        tensor = torch.empty(self.info(name).shape, dtype=dtype, device=device)
+        target = tensor.view(-1)
+        for begin in range(0, source.numel(), PIECE):
+            piece = target[begin : begin + PIECE]
+            piece.copy_(source[begin : begin + PIECE])
+            if not bool(torch.isfinite(piece).all()):
+                raise InputError(f"{self.info(name).file}: {name}: holds NaN or infinity (as {dtype})")
+            owner.forget(name, begin * source.itemsize, (begin + PIECE) * source.itemsize)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
