@@ -41,6 +41,9 @@ from hybrid_policy.sim.tasks import SceneSettings, sample_scene
 
 CHECKPOINT = "checkpoints/sim_pi05"
 
+#: Scenes are drawn from a stream of their own: no seed here repeats a scene of training.
+SCENE_STREAM = 8_270_031
+
 
 @dataclass(frozen=True)
 class Job:
@@ -183,7 +186,7 @@ def _run_one(job: Job) -> EpisodeResult:
             engine.close()
         _engines.clear()
         _engines[key] = Engine.from_checkpoint(job.checkpoint, job.recipe, job.device)
-    scene = sample_scene(np.random.default_rng(job.seed), job.scenes)
+    scene = sample_scene(np.random.default_rng((SCENE_STREAM, job.seed)), job.scenes)
     if not _robots:
         _robots.append(SimRobot(scene))
     robot_file = RobotFile.load(job.robot)
