@@ -23,13 +23,18 @@ SHIPPED = "checkpoints/sim_pi05"
 def find_checkpoint(name: str) -> str:
     """The directory that the parameter ``checkpoint`` means, or ``random``.
 
+    ``shipped`` means ``random`` where no trained policy ships (loading says so).
+
     Raises:
         InputError: no such directory.
     """
+    if name == "shipped":
+        try:
+            return str(share_path(SHIPPED))
+        except InputError:
+            return "random"
     if name == "random":
         return name
-    if name == "shipped":
-        return str(share_path(SHIPPED))
     if not Path(name).expanduser().is_dir():
         raise InputError.at("parameter", "checkpoint", name, "a checkpoint directory, shipped or random")
     return str(Path(name).expanduser())
@@ -65,7 +70,11 @@ def load_policy(
 
     if checkpoint != "random":
         return load(checkpoint)
-    say("checkpoint 'random': a small pi0.5 with random weights; the robot moves without purpose")
+    absent = "none ships yet, so " if values["checkpoint"] == "shipped" else ""
+    say(
+        f"checkpoint '{values['checkpoint']}': {absent}a small pi0.5 with random weights; "
+        "the robot moves without purpose"
+    )
     with tempfile.TemporaryDirectory(prefix="hybrid_policy_random_") as folder:
         write_random_checkpoint(Path(folder), robot, values["seed"])
         return load(folder)

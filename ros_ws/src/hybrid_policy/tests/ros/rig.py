@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import rclpy
@@ -49,6 +51,22 @@ HOME = np.array([0.0, 0.5, 0.05])
 HEIGHT, WIDTH = 24, 32
 
 
+def claim_domain() -> tuple[int, IO[str]]:
+    """A DDS domain that no other test on this machine has: in a shared one its node would be a second one.
+
+    The file's lock goes with the process, however it ends.
+    """
+    for domain in range(20, 50):
+        file = (Path(tempfile.gettempdir()) / f"hybrid_policy_domain_{domain}.lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            continue
+        return domain, file
+    raise RuntimeError("every test domain from 20 to 49 is in use")
+
+
 @dataclass
 class Faults:
     """What the robot's drivers do wrong; the defaults are right."""
@@ -73,11 +91,12 @@ class Heard:
 class Rig:
     """Publishes cameras at 20 Hz and joints at 50 Hz; follows trajectories as a controller would."""
 
-    def __init__(self, folder: Path, domain: int, sim_time: bool = False) -> None:
+    def __init__(self, folder: Path, sim_time: bool = False, robot: str = ROBOT) -> None:
         os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-        self.domain, self.folder, self.sim_time = domain, folder, sim_time
+        self.folder, self.sim_time = folder, sim_time
+        self.domain, self._claim = claim_domain()
         self.file = folder / "rig.yaml"
-        self.file.write_text(ROBOT)
+        self.file.write_text(robot)
         self.robot = RobotFile.load(self.file)
         self.faults, self.heard = Faults(), Heard()
         self.rejected: list[str] = []
@@ -87,7 +106,7 @@ class Rig:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._context = rclpy.Context()
-        rclpy.init(context=self._context, domain_id=domain)
+        rclpy.init(context=self._context, domain_id=self.domain)
         self.node = rclpy.create_node("rig", context=self._context)
         sensor = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
         make = self.node.create_publisher
@@ -96,7 +115,7 @@ class Rig:
         self._clock = make(Clock, "/clock", 10) if sim_time else None
         self.prompt = make(String, "prompt", 1)
         self._listener: Any = None
-        self.listen(True)
+        self.listen(self.robot.command.interface == "joint_trajectory")
         self.node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
         self.node.create_subscription(String, "/policy_node/status", self._on_status, 10)
         self._executor = SingleThreadedExecutor(context=self._context)
@@ -127,6 +146,7 @@ class Rig:
             thread.join(5)
         self.node.destroy_node()
         rclpy.shutdown(context=self._context)
+        self._claim.close()
 
     # Threads
 

@@ -28,8 +28,6 @@ from std_msgs.msg import String
 from .rig import HOME, Faults, NodeUnderTest, Rig  # isort: skip
 
 pytestmark = pytest.mark.ros
-#: A domain for each process of tests: another run on this machine would be a second robot.
-DOMAIN = 20 + 4 * (os.getpid() % 7)
 SECOND = 1_000_000_000
 #: rad: the motion of about a quarter of a second, on a machine that is busy with other things.
 NEAR = 0.25
@@ -50,7 +48,7 @@ def table() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def rig(folder: Path) -> Iterator[Rig]:
-    rig = Rig(folder, DOMAIN)
+    rig = Rig(folder)
     yield rig
     rig.close()
 
@@ -349,7 +347,7 @@ def test_a_second_node_waits(rig: Rig, node: NodeUnderTest) -> None:
 
 
 def test_killed_and_restarted(folder: Path) -> None:
-    rig = Rig(folder, DOMAIN + 1)
+    rig = Rig(folder)
     try:
         first = NodeUnderTest(rig, "killed")
         rig.wait_running()
@@ -370,7 +368,7 @@ def test_killed_and_restarted(folder: Path) -> None:
 
 
 def test_interrupted_twice_with_a_full_disk(folder: Path) -> None:
-    rig = Rig(folder, DOMAIN + 2)
+    rig = Rig(folder)
     try:
         node = NodeUnderTest(rig, "interrupted", latency_log="/dev/full")
         rig.wait_running()
@@ -431,7 +429,7 @@ def test_robot_blocked(clock_rig: tuple[Rig, NodeUnderTest]) -> None:
 
 @pytest.fixture(scope="module")
 def clock_rig(folder: Path) -> Iterator[tuple[Rig, NodeUnderTest]]:
-    rig = Rig(folder, DOMAIN + 3, sim_time=True)
+    rig = Rig(folder, sim_time=True)
     node = NodeUnderTest(rig, "clock", tracking_tolerance=0.3)
     rig.wait_running()
     yield rig, node
