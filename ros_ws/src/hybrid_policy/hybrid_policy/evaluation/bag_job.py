@@ -24,6 +24,7 @@ from hybrid_policy.evaluation import metrics
 from hybrid_policy.evaluation.bag import BagSource, disk_size, open_bag
 from hybrid_policy.evaluation.delays import read_log
 from hybrid_policy.evaluation.follow_log import FollowLog, parity, published
+from hybrid_policy.evaluation.own_joints import by_own_names, sketch
 from hybrid_policy.evaluation.policy_pass import PolicyPass, fit_robot
 from hybrid_policy.evaluation.predictions import write_predictions
 from hybrid_policy.evaluation.replay import Replay
@@ -124,8 +125,11 @@ def _replay(job: BagJob, tell: Tell) -> tuple[dict[str, Any], dict[str, NDArray[
         robot = fit_robot(robot, known)
         result = _describe(known, robot, source)
         series = _input_series(known)
+        if job.recipes:
+            _excuse_cameras(job, known)
         if known.lacks or not job.recipes:
             result["status"] = "inputs only"
+            _own_joints(source, robot, known, result, series)
             return result, series
         recorded = metrics.Recorded(known, robot)
         passes = _runs(job, known, robot, source, recorded, tell)
@@ -143,6 +147,44 @@ def _replay(job: BagJob, tell: Tell) -> tuple[dict[str, Any], dict[str, NDArray[
         return result, series
     finally:
         source.close()
+
+
+def _excuse_cameras(job: BagJob, known: Survey) -> None:
+    """Cameras that the robot has, the bag lacks and the checkpoint does not look through are no lack."""
+    cameras = [line for line in known.lacks if line.startswith("camera ")]
+    if not cameras or len(cameras) < len(known.lacks) or not known.match.cameras:
+        return
+    needed = load_policy(job, job.recipes[0]).spec.cameras
+    for line in cameras:
+        if line.split(":")[0].removeprefix("camera ") not in needed:
+            known.lacks.remove(line)
+            known.notes.append(f"{line}; the checkpoint does not use it")
+
+
+def _own_joints(
+    source: BagSource, robot: RobotFile, known: Survey, result: dict[str, Any], series: dict[str, NDArray[Any]]
+) -> None:
+    """What the joints alone tell, by the bag's own names where the robot file has others."""
+    found = by_own_names(source, robot, known)
+    used, file = found if found is not None else (known, robot)
+    if found is not None:
+        result["tracking"] = metrics.tracking(used, file)
+        result["recorded"] = {"source": used.actions.source, "messages": len(used.actions)}
+        result["inputs"] = [metrics.inputs(topic, used.start) for topic in used.topics.values()]
+        result["robot_file_sketch"] = sketch(file, used)
+        result["notes"] = [line for line in known.notes if not line.startswith(("recorded", known.match.command))]
+        result["notes"] += [line for line in used.notes if line not in known.match.notes]
+        result["notes"].append(
+            "joints: evaluated by the bag's own names; robot_file_sketch has them as a robot file's section"
+        )
+        series |= _input_series(used)
+    if len(used.joints) and len(file.command_index):
+        told = used.actions.segment(0)
+        series["joint_told"] = told.sample(used.joint_times).astype(np.float32)
+        series["joint_index"] = file.command_index
+        result["joint_columns"] = list(file.command_names)
+        if used.actions.source == "measured joint positions":
+            del series["joint_told"]
 
 
 def _runs(

@@ -51,11 +51,28 @@ def trajectories(series: Series, recipes: Sequence[str], names: Sequence[str], o
                           color=COLOURS[k % len(COLOURS)], lw=1.1, alpha=0.9, label=recipe)  # fmt: skip
             axis.set_title(name, fontsize=8, pad=3)
             axis.margins(x=0.01)
-        for axis in axes[len(names) :]:
-            axis.set_visible(False)
-        for axis in axes[max(0, len(names) - columns) : len(names)]:
-            axis.set_xlabel("s")
-            axis.tick_params(labelbottom=True)
+        _finish_grid(axes, len(names), columns)
+        _legend(figure, axes[0])
+        return _svg(figure)
+
+
+def joints(series: Series, names: Sequence[str], origin: int) -> str:
+    """Where the joints were and what they were told, for a bag that no policy was replayed on."""
+    with _style():
+        columns = 3
+        rows = -(-len(names) // columns)
+        figure, axes = _plots(rows, columns, (_WIDTH, 1.5 * rows + 0.5), sharex=True)
+        keep = _thin(len(series["joint_times"]))
+        times = (series["joint_times"][keep] - origin) * 1e-9
+        measured = series["joints"][keep][:, series["joint_index"]]
+        told = series.get("joint_told")
+        for i, name in enumerate(names):
+            axes[i].plot(times, measured[:, i], color=COLOURS[0], lw=1.1, label="measured")
+            if told is not None:
+                axes[i].plot(times, told[keep, i], color=INK, lw=1.1, alpha=0.75, label="commanded")
+            axes[i].set_title(name, fontsize=8, pad=3)
+            axes[i].margins(x=0.01)
+        _finish_grid(axes, len(names), columns)
         _legend(figure, axes[0])
         return _svg(figure)
 
@@ -189,8 +206,9 @@ def inputs(bag: Mapping[str, Any], series: Series, origin: int) -> str:
         return _svg(figure)
 
 
-def moment(series: Series, recipe: str, base: str, rank: int, names: Sequence[str]) -> str:
-    """One of the worst chunks: the three joints that are furthest off, over the horizon."""
+def moment(series: Series, recipes: Sequence[str], rank: int, names: Sequence[str]) -> str:
+    """One of the last recipe's worst chunks: the three joints that are furthest off, over the horizon."""
+    recipe, base = recipes[-1], recipes[0]
     key = f"run/{recipe}/"
     number = int(series[f"{key}worst/{rank}/number"])
     mine = series[key + "commands"][number]
@@ -204,12 +222,18 @@ def moment(series: Series, recipe: str, base: str, rank: int, names: Sequence[st
             axis.plot(told[:, joint], color=INK, lw=1.3, label="recorded")
             if other is not None:
                 axis.plot(other[:, joint], color=COLOURS[0], lw=1.1, label=base)
-            axis.plot(
-                mine[:, joint], color=COLOURS[1] if other is not None else COLOURS[0], lw=1.3, label=recipe
-            )
+            axis.plot(mine[:, joint], color=_colour(recipes, recipe), lw=1.3, label=recipe)
             axis.set_title(names[joint], fontsize=7.5, pad=2)
         axes[0].legend(fontsize=6)
         return _svg(figure)
+
+
+def _finish_grid(axes: Sequence[Axes], used: int, columns: int) -> None:
+    for axis in axes[used:]:
+        axis.set_visible(False)
+    for axis in axes[max(0, used - columns) : used]:
+        axis.set_xlabel("s")
+        axis.tick_params(labelbottom=True)
 
 
 def _stages(axis: Axes, measured: Mapping[str, Any], known: Sequence[str]) -> None:

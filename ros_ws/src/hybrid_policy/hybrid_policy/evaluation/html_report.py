@@ -155,6 +155,13 @@ def _bag(
             _guard(bag, used),
             figures.latency(measured, series, used),
         ]
+    elif bag.get("joint_columns"):
+        parts += ["<h3>Joints</h3>", figures.joints(series, bag["joint_columns"], origin)]
+    if bag.get("robot_file_sketch"):
+        parts.append(
+            "<details><summary>These joints as a section of a robot file</summary>"
+            f"<pre>{_e(bag['robot_file_sketch'])}</pre></details>"
+        )
     if bag.get("inputs"):
         parts += ["<h3>Inputs</h3>", figures.inputs(bag, series, origin), _inputs(bag)]
     if bag.get("tracking"):
@@ -193,7 +200,7 @@ def _moments(
             for key in sorted(series) if key.startswith(prefix)
         )  # fmt: skip
         what = "from the recorded actions" if recipe == base else f"between {recipe} and {base}"
-        plot = figures.moment(series, recipe, base, rank, names)
+        plot = figures.moment(series, recipes, rank, names)
         cards.append(
             f"<div class=moment><h4>{at:.2f} s <small>chunk {worst['chunk']}, {worst['score']:.3g} rad {_e(what)}</small></h4>"
             f"<div class=pair><div class=pics>{pictures}</div><div class=plot>{plot}</div></div></div>"

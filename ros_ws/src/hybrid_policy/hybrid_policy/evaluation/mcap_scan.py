@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MAGIC = b"\x89MCAP0\r\n"
-_SCHEMA, _CHANNEL, _MESSAGE, _CHUNK, _CHUNK_INDEX, _DATA_END = 0x03, 0x04, 0x05, 0x06, 0x08, 0x0F
+_FOOTER, _SCHEMA, _CHANNEL, _MESSAGE = 0x02, 0x03, 0x04, 0x05
+_CHUNK, _CHUNK_INDEX, _DATA_END = 0x06, 0x08, 0x0F
 _FOOTER_SIZE = 9 + 20 + len(MAGIC)
 #: A record longer than this is taken for damage; a 4K rgb image is 25 MB.
 _MAX_RECORD = 1 << 31
@@ -63,6 +64,8 @@ class McapScan:
             if file.read(8) != MAGIC:
                 self.problems.append(f"{self.path.name}: not an mcap file (its first bytes are not mcap's)")
                 return
+            self._learn(_summary(file, self.path.stat().st_size))
+            file.seek(len(MAGIC))
             count = 0
             try:
                 for opcode, offset, body in self._records(file):
@@ -103,6 +106,18 @@ class McapScan:
                 )
             yield opcode, offset, memoryview(body)
 
+    def _learn(self, summary: bytes) -> None:
+        """Topics and types from the summary: their first mention may lie in a chunk that is damaged."""
+        at = 0
+        try:
+            while at + 9 <= len(summary):
+                opcode, length = struct.unpack_from("<BQ", summary, at)
+                if opcode in (_SCHEMA, _CHANNEL):
+                    self._define(opcode, memoryview(summary)[at + 9 : at + 9 + length])
+                at += 9 + length
+        except _Damage:
+            return  # the data section says it too
+
     def _define(self, opcode: int, body: memoryview) -> None:
         reader = _Fields(body)
         if opcode == _SCHEMA:
@@ -128,7 +143,7 @@ class McapScan:
             size, crc = reader.number("<Q"), reader.number("<I")
             compression, packed = reader.text(), reader.number("<Q")
             raw = _decompress(compression, bytes(reader.rest()[:packed]))
-        except (_Damage, ValueError, RuntimeError, EOFError) as error:
+        except (_Damage, ValueError, RuntimeError, EOFError, zstd_module().ZstdError) as error:
             self.problems.append(f"{where} is unreadable ({error}) and was left out")
             return []
         if len(raw) < size:
@@ -219,15 +234,22 @@ def is_indexed(path: Path) -> bool:
             profile = _Fields(memoryview(profile_record)).text()
         except _Damage:
             return False
-        file.seek(-_FOOTER_SIZE, 2)
-        footer = file.read()
-        if profile != "ros2" or footer[-8:] != MAGIC or footer[0] != 0x02:
-            return False
-        (summary,) = struct.unpack_from("<Q", footer, 9)
-        if not 0 < summary < size:
-            return False
-        file.seek(summary)
-        return _has_chunk_index(file.read(size - summary - _FOOTER_SIZE))
+        return profile == "ros2" and _has_chunk_index(_summary(file, size))
+
+
+def _summary(file: BinaryIO, size: int) -> bytes:
+    """The summary section; empty where the file was not closed or has none."""
+    if size < _FOOTER_SIZE + len(MAGIC):
+        return b""
+    file.seek(-_FOOTER_SIZE, 2)
+    footer = file.read()
+    if footer[-8:] != MAGIC or footer[0] != _FOOTER:
+        return b""
+    (start,) = struct.unpack_from("<Q", footer, 9)
+    if not 0 < start < size:
+        return b""
+    file.seek(start)
+    return file.read(size - start - _FOOTER_SIZE)
 
 
 def _has_chunk_index(summary: bytes) -> bool:

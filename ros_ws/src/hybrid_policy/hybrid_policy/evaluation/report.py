@@ -108,8 +108,9 @@ def verdict(
             f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         )
     if absent:
-        reason = (absent[0].get("lacks") or ["?"])[0]
-        return f"{len(absent)} of {len(bags)} bags could not be replayed; {absent[0]['name']}: {reason}"
+        reasons = absent[0].get("lacks") or ["no reason known"]
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        return f"{len(absent)} of {len(bags)} bags could not be replayed; {absent[0]['name']}: {reasons[0]}{more}"
     parts = [f"all {len(checks)} conditions kept"] if checks else []
     for recipe in recipes[1:]:
         row = figures[recipe]

@@ -242,9 +242,12 @@ class _Reading:
             lacks.append(f"{topic.role}: {topic.name} has no message")
             return
         if not topic.stamps:
-            kind, count = topic.refused.most_common(1)[0]
+            kind = topic.refused.most_common(1)[0][0]
+            names = f"; the bag's joints are {', '.join(self.joint_names)}" if topic.role == "joints" else ""
+            names = f"; the bag's joints are {', '.join(self.joint_names)}" if topic.role == "joints" else ""
             lacks.append(
-                f"{topic.role}: none of {count} messages on {topic.name} can be used: {topic.examples[kind]}"
+                f"{topic.role}: none of {topic.messages} messages on {topic.name} can be used: "
+                f"{topic.examples[kind]}{names}"
             )
             return
         if topic.zero_stamps:
