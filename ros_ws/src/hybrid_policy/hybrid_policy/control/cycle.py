@@ -25,7 +25,7 @@ from hybrid_policy.control.chunk_timeline import ChunkTimeline, Seam, Trajectory
 from hybrid_policy.control.ensembling import TemporalEnsemble
 from hybrid_policy.control.guard import Guard, GuardReport
 from hybrid_policy.control.robot_file import RobotFile, check_fit
-from hybrid_policy.control.rtc import DelayEstimator, continuation
+from hybrid_policy.control.rtc import DelayEstimator, continuation, delay_steps
 from hybrid_policy.models.observation import ActionChunk, Continuation, Observation, Policy
 
 CHUNKING = ("rtc", "ensemble", "off")
@@ -38,7 +38,8 @@ class CycleSettings:
     chunking: ``rtc`` (the engine continues the previous chunk), ``ensemble`` (averages) or ``off``.
     blend: seconds over which a new chunk is faded in from the command in force; 0: not at all.
     ensemble_weight: m of temporal ensembling. delay_window: recent delays that count.
-    cold_starts: accepted chunks after a reset whose delay is not counted.
+    cold_starts: accepted chunks after a reset whose delay does not enter the estimate (it stands in
+        until there is another).
     seed: of the noise that the flow starts from; the n-th inference gets the n-th draw.
     """
 
@@ -93,6 +94,7 @@ class ControlCycle:
         self._random = np.random.default_rng(settings.seed)
         self._previous: ActionChunk | None = None
         self._accepted = 0
+        self._cold: int | None = None
 
     def reset(self) -> None:
         """Forget chunks, delays and commands (after a clock jump, a pause or a new episode)."""
@@ -118,6 +120,8 @@ class ControlCycle:
         noise = self._random.standard_normal((spec.horizon, spec.max_action_dim), dtype=np.float32)
         previous = None
         delay = self.delays.steps(self.robot.period)
+        if delay is None and self._cold is not None:
+            delay = delay_steps(self._cold, self.robot.period)
         if self.settings.chunking == "rtc" and self._previous is not None and delay is not None:
             previous = continuation(self._previous, observation.stamp, self.robot.period, delay)
         return noise, previous
@@ -173,6 +177,8 @@ class ControlCycle:
         self._previous = chunk
         if self._accepted >= self.settings.cold_starts:
             self.delays.push(now - chunk.stamp)
+        else:
+            self._cold = now - chunk.stamp
         self._accepted += 1
         return CycleResult(
             observation,

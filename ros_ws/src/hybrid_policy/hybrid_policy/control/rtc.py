@@ -6,7 +6,6 @@ guidance itself runs inside the engine, with delay, consumed count and previous 
 
 from __future__ import annotations
 
-import math
 from collections import deque
 
 from hybrid_policy.models.observation import ActionChunk, Continuation
@@ -33,8 +32,16 @@ class DelayEstimator:
         self._recent.clear()
 
     def steps(self, period: int) -> int | None:
-        """The delay in steps of ``period`` nanoseconds, rounded up; None before the first."""
-        return math.ceil(max(self._recent) / period) if self._recent else None
+        """The delay in steps of ``period`` nanoseconds, see :func:`delay_steps`; None before the first."""
+        return delay_steps(max(self._recent), period) if self._recent else None
+
+
+def delay_steps(delay: int, period: int) -> int:
+    """How many actions are due within ``delay`` nanoseconds, the one due at its very end included.
+
+    Those are given to the next chunk as they are, so that at the swap both chunks say the same.
+    """
+    return max(0, delay) // period + 1
 
 
 def continuation(previous: ActionChunk, stamp: int, period: int, delay: int) -> Continuation | None:

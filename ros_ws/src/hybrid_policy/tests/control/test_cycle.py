@@ -203,8 +203,8 @@ def test_rtc_gets_the_stamps_delay(tmp_path: Path) -> None:
         cycle.run(observation(two, stamp, [0.0, 0.05]), clock(stamp, stamp + delay * MS))
     first, second, third, fourth = policy.previous
     assert first is None
-    assert second is None  # no delay is known yet: the cold start does not count
-    assert (third.consumed, third.delay) == (5, 3)
+    assert (second.consumed, second.delay) == (5, 5)  # the cold start, as far as it can be
+    assert (third.consumed, third.delay) == (5, 3)  # it is forgotten as soon as there is another
     assert (fourth.consumed, fourth.delay) == (5, 3)  # the largest of the recent ones
     cycle.hold(START + 10**9, np.array([0.0, 0.05]))
     cycle.run(observation(two, START + 1250 * MS, [0.0, 0.05]), clock(START + 1250 * MS, START + 1300 * MS))
@@ -226,7 +226,7 @@ def test_delays_are_a_window() -> None:
     assert delays.steps(PERIOD) is None
     for value in (400, 100, 20, 20):
         delays.push(value * MS)
-    assert delays.steps(PERIOD) == 2
+    assert delays.steps(PERIOD) == 3  # actions 0, 1 and 2, which is due at the swap
     assert delays.steps(33 * MS) == 4  # in steps of the robot's own period
 
 
