@@ -14,7 +14,7 @@ time t takes command at t + delay.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ class LoopSettings:
     rate: inferences per second. delay: from the observation to the first command of its chunk.
     image_age: how much older than the joint state the images are (a camera runs at 20 Hz).
     limit: an episode that has not succeeded by then has failed.
+    switch: after the lift, hold for a second, then ask for the other cube: success means both.
     chunking, blend: see ``control.CycleSettings``.
     """
 
@@ -47,6 +48,7 @@ class LoopSettings:
     delay: float = 0.1
     image_age: float = 0.02
     limit: float = TIME_LIMIT
+    switch: bool = False
     chunking: str = "off"
     blend: float = 0.2
 
@@ -98,8 +100,10 @@ class Episode:
         seed: int = 0,
     ) -> None:
         self.robot, self.settings, self.seed = robot, settings, seed
-        self.scene = scene
-        self.prompt = scene.prompt
+        self.target, self.prompt = scene.target, scene.prompt
+        self._until = round(settings.limit * 1e9)
+        self._stop_at_success = True
+        self._carries_over = False
         self.robot_file = robot_file
         cycle_settings = CycleSettings(chunking=settings.chunking, blend=settings.blend, seed=seed)
         self.cycle = ControlCycle(robot_file, _ModelsPolicy(spec), cycle_settings)
@@ -116,7 +120,7 @@ class Episode:
     @property
     def over(self) -> bool:
         """Success, or no time left."""
-        return self._succeeded is not None or self.robot.time_ns >= self.settings.limit * 1e9
+        return (self._stop_at_success and self._succeeded is not None) or self.robot.time_ns >= self._until
 
     @property
     def result(self) -> EpisodeResult:
@@ -124,13 +128,22 @@ class Episode:
         end = self.robot.time_ns if self._succeeded is None else self._succeeded
         return EpisodeResult(
             seed=self.seed,
-            target=self.scene.target,
+            target=self.target,
             success=self._succeeded is not None,
             wrong=self._wrong,
             seconds=end * 1e-9,
             steps=self._steps,
             refused=self._refused,
         )
+
+    def ask(self, prompt: str, target: str, limit: float, stop_at_success: bool = True) -> None:
+        """Go on with another prompt (for the cube of colour ``target``) for ``limit`` s from now."""
+        self.prompt, self.target = prompt, target
+        self._until = self.robot.time_ns + round(limit * 1e9)
+        self._stop_at_success = stop_at_success
+        self._succeeded = None
+        # what the last prompt lifted may stay up for a moment
+        self._carries_over = True
 
     def observe(self) -> Asked | None:
         """Run to the next inference and see: observation, noise, continuation; None when it is over."""
@@ -183,9 +196,9 @@ class Episode:
                 self.robot.command(sampled[0])
             left = (stamp - self.robot.time_ns) * 1e-9 / TIME_STEP
             self.robot.step(max(1, min(_SUBSTEPS, round(left))))
-            verdict = judge(self.robot, self.scene.target)
-            self._wrong |= verdict.wrong
-            if verdict.success:
+            verdict = judge(self.robot, self.target)
+            self._wrong |= verdict.wrong and not self._carries_over
+            if verdict.success and self._succeeded is None:
                 self._succeeded = self.robot.time_ns
 
 
@@ -200,6 +213,19 @@ def run_episode(
 ) -> EpisodeResult:
     """One scene with a policy that answers one observation at a time (``runtime.Engine``)."""
     episode = Episode(robot, scene, robot_file, policy.spec, settings=settings, seed=seed)
+    drive(episode, policy)
+    first = episode.result
+    if settings.switch and first.success:
+        episode.ask(scene.prompt, scene.target, 1.0, stop_at_success=False)
+        drive(episode, policy)
+        other = next(cube.colour for cube in scene.cubes if cube.colour != scene.target)
+        episode.ask(scene.prompt.replace(scene.target, other), other, settings.limit)
+        drive(episode, policy)
+        return replace(episode.result, target=scene.target)
+    return first
+
+
+def drive(episode: Episode, policy: Policy) -> None:
+    """Infer until the episode is over."""
     while (asked := episode.observe()) is not None:
         episode.act(policy.infer(*asked))
-    return episode.result

@@ -134,7 +134,9 @@ def run(args: argparse.Namespace) -> int:
             str(robot),
             args.seed + episode,
             scenes,
-            LoopSettings(rate=args.rate, delay=delay, limit=args.limit, chunking=args.chunking),
+            LoopSettings(
+                rate=args.rate, delay=delay, limit=args.limit, switch=args.switch, chunking=args.chunking
+            ),
         )
         for recipe, delay in cases
         for episode in range(args.episodes)
@@ -149,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
         "scenes": asdict(scenes),
         "rate": args.rate,
         "limit": args.limit,
+        "switch": args.switch,
         "chunking": args.chunking,
         "results": [
             {"recipe": recipe, "delay": delay, **summarise(done[recipe, delay])} for recipe, delay in cases

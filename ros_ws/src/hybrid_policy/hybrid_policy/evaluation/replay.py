@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from hybrid_policy.control.observation_buffer import Snapshot
 from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.control.watchdog import Watchdog
 from hybrid_policy.errors import InputError
@@ -55,6 +56,7 @@ class Replay(PolicyPass):
         self._next_tick = 0
         self._running: Running | None = None
         self._held = False
+        self._snapshot = Snapshot(missing=("everything",))
         self._last_stamp = 0
 
     def run(self, source: BagSource) -> Iterator[float]:
@@ -100,6 +102,7 @@ class Replay(PolicyPass):
         self._segment = segment
         self._buffer.clear()
         self._cycle.reset()
+        self._snapshot = Snapshot(missing=("everything",))
         self._next_start, self._now, self._held, self._last_stamp = None, 0, False, 0
 
     def _deliver(self, message: BagMessage, decoded: Any) -> None:
@@ -143,9 +146,8 @@ class Replay(PolicyPass):
     def _check(self, now: int) -> bool:
         """Whether the inputs may be used; if not, the robot is held."""
         faults = self._watchdog.inputs(self._buffer.status(now))
-        snapshot = self._buffer.snapshot()
-        if not snapshot.missing:
-            faults += self._watchdog.skew(snapshot.skew)
+        if not self._snapshot.missing:
+            faults += self._watchdog.skew(self._snapshot.stamps)
         if not faults:
             self._held = False
             return True
@@ -160,9 +162,9 @@ class Replay(PolicyPass):
         if self._running is not None:
             self.run_record.missed += 1
             return
-        if not self._check(now):
+        snapshot = self._snapshot = self._buffer.snapshot()
+        if snapshot.missing or not self._check(now):
             return
-        snapshot = self._buffer.snapshot()
         if snapshot.stamps["joints"] == self._last_stamp:
             return  # as the node: nothing new to infer from
         try:

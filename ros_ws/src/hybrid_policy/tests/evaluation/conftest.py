@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,9 @@ import pytest
 from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.evaluation.bag_writer import BagWriter
 from hybrid_policy.share import resolve
+
+# Worker processes import the policy by name, so it must be on the path, not only loaded by pytest.
+sys.path.append(str(Path(__file__).parent))
 
 BAGS = Path(__file__).parent / "bags"
 G1 = Path(__file__).resolve().parents[5] / "shared" / "fixtures" / "g1_real"
@@ -40,9 +44,8 @@ def robot() -> RobotFile:
 
 
 @pytest.fixture
-def stub(monkeypatch: pytest.MonkeyPatch) -> str:
+def stub() -> str:
     """A policy for ``--policy`` that needs no checkpoint; see stub_policy.py."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     return "stub_policy:make"
 
 
