@@ -32,6 +32,9 @@ from hybrid_policy.models.processors import Processors
 from hybrid_policy.models.processors_in import read_processors
 from hybrid_policy.models.tensor_files import TensorStore
 
+#: ModelOpt's list of quantised layers, beside the weights
+QUANT_CONFIG = "hf_quant_config.json"
+
 log = logging.getLogger(__name__)
 
 
@@ -75,8 +78,7 @@ class Checkpoint:
 
     def sites(self) -> list[str]:
         """Every linear layer by its checkpoint name, in the order of the model."""
-        with torch.device("meta"):
-            model = Pi05(self.config)
+        model = _skeleton(self.config, self.directory)
         return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
     def tensors(self, device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -113,6 +115,11 @@ def open_checkpoint(
     directory = Path(path).expanduser()
     if not directory.is_dir():
         raise InputError(f"{directory}: not a checkpoint directory")
+    if not packed_sites and (directory / QUANT_CONFIG).exists():
+        raise InputError(
+            f"{directory / QUANT_CONFIG}: a quantised checkpoint; the engine runs it, this needs plain "
+            "weights (verify the checkpoint that it was made from)"
+        )
     store = TensorStore.open(directory)
     packed = frozenset(packed_sites)
     held = _canonical_names(store, packed)
@@ -144,13 +151,21 @@ def load_checkpoint(
         InputError: see ``open_checkpoint``; or a weight that is not finite.
     """
     checkpoint = open_checkpoint(path, tokenizer, packed_sites)
-    with torch.device("meta"):
-        model = Pi05(checkpoint.config)
+    model = _skeleton(checkpoint.config, checkpoint.directory)
     for name, tensor in checkpoint.tensors(device, dtype):
         module, _, leaf = name.rpartition(".")
         owner = model.get_submodule(module)
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
     return LoadedPolicy(model.eval(), checkpoint.config, checkpoint.processors, checkpoint.spec, checkpoint)
+
+
+def _skeleton(config: Pi05Config, directory: Path) -> Pi05:
+    """The model on the meta device: names and shapes, no data."""
+    try:
+        with torch.device("meta"):
+            return Pi05(config)
+    except RuntimeError as error:  # dimensions whose product no tensor can have
+        raise InputError(f"{directory}: dimensions that no model can have: {error}") from error
 
 
 def _canonical_names(store: TensorStore, packed: frozenset[str]) -> dict[str, str]:
@@ -174,8 +189,8 @@ def _match(
     packed: frozenset[str],
 ) -> dict[str, str]:
     """Parameter -> stored name, every difference listed in one error."""
-    with torch.device("meta"):
-        wanted = {name: tuple(p.shape) for name, p in Pi05(description.config).state_dict().items()}
+    model = _skeleton(description.config, directory)
+    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     wanted = {name: shape for name, shape in wanted.items() if name.rpartition(".")[0] not in packed}
     problems: list[str] = []
     names: dict[str, str] = {}

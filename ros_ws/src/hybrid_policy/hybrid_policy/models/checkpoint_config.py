@@ -31,6 +31,9 @@ HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
 UNUSED_HEAD = "paligemma_with_expert.gemma_expert.lm_head.weight"
 EMBEDDING = PREFIX + "embed_tokens.weight"
 
+#: no dimension of a policy is near this; it keeps a broken file from asking for the impossible
+MAX_DIMENSION = 1 << 20
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -83,14 +86,14 @@ class _Table:
 
     def integer(self, key: str, default: int) -> int:
         value = self.values.get(key, default)
-        if type(value) is not int or value < 1:
-            raise InputError.at(self.path, key, value, "a whole number, at least 1")
+        if type(value) is not int or not 1 <= value <= MAX_DIMENSION:
+            raise InputError.at(self.path, key, value, f"a whole number from 1 to {MAX_DIMENSION}")
         return value
 
     def number(self, key: str, default: float) -> float:
         value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError.at(self.path, key, value, "a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
+            raise InputError.at(self.path, key, value, "a number below 1e9")
         return float(value)
 
     def table(self, key: str) -> _Table:
@@ -144,6 +147,12 @@ def _layers(shapes: Shapes, prefix: str) -> int:
     return 1 + max((int(m.group(1)) for m in found if m), default=-1)
 
 
+def _depth(said: int, found: int, path: Path, prefix: str) -> int:
+    if found and said != found:
+        raise InputError.at(path, f"depth of {prefix}", said, f"{found}, the layers in the weights")
+    return said
+
+
 def _size(shapes: Shapes, name: str, axis: int, default: int) -> int:
     shape = shapes.get(name, ())
     return shape[axis] if len(shape) > axis and shape[axis] > 0 else default
@@ -154,10 +163,10 @@ def _gemma(path: Path, name: Any, dims: _Table, shapes: Shapes, prefix: str) -> 
     variant = GEMMA_VARIANTS.get(str(name).removesuffix("_lora"))
     if variant is None:
         raise InputError.at(path, "variant", name, f"one of {', '.join(GEMMA_VARIANTS)}")
-    first = prefix + "layers.0."
+    first, found = prefix + "layers.0.", _layers(shapes, prefix)
     config = GemmaConfig(
         width=dims.integer("width", _size(shapes, first + "self_attn.q_proj.weight", 1, variant.width)),
-        depth=dims.integer("depth", _layers(shapes, prefix) or variant.depth),
+        depth=_depth(dims.integer("depth", found or variant.depth), found, dims.path, prefix),
         mlp_dim=dims.integer("mlp_dim", _size(shapes, first + "mlp.up_proj.weight", 0, variant.mlp_dim)),
         heads=dims.integer("num_heads", variant.heads),
         kv_heads=dims.integer("num_kv_heads", variant.kv_heads),
@@ -174,11 +183,11 @@ def _gemma(path: Path, name: Any, dims: _Table, shapes: Shapes, prefix: str) -> 
 
 def _vision(dims: _Table, shapes: Shapes) -> VisionConfig:
     default = VisionConfig()
-    first = VISION + "encoder.layers.0."
+    first, found = VISION + "encoder.layers.0.", _layers(shapes, VISION + "encoder.")
     patch = VISION + "embeddings.patch_embedding.weight"
     return VisionConfig(
         width=dims.integer("hidden_size", _size(shapes, patch, 0, default.width)),
-        depth=dims.integer("num_hidden_layers", _layers(shapes, VISION + "encoder.") or default.depth),
+        depth=_depth(dims.integer("num_hidden_layers", found or default.depth), found, dims.path, VISION),
         mlp_dim=dims.integer(
             "intermediate_size", _size(shapes, first + "mlp.fc1.weight", 0, default.mlp_dim)
         ),

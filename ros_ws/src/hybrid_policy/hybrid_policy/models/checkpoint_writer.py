@@ -64,7 +64,9 @@ def save_checkpoint(
         given = {k: np.asarray(v, dtype=np.float32) for k, v in statistics.get(key, {}).items()}
         Normalization.of(normalization, "lerobot", given, dimensions, f"statistics[{key!r}]")
     names = list(action_names)
-    _write(folder / "config.json", _lerobot_config(config, normalization, names, relative_exclude))
+    described = _lerobot_config(config, normalization, names, relative_exclude)
+    described["dtype"] = "bfloat16" if (dtype or model.dtype) == torch.bfloat16 else "float32"
+    _write(folder / "config.json", described)
     _write(folder / "dims.json", _dims(config))
     stored = {
         f"{long}.{name}": torch.from_numpy(np.asarray(values, dtype=np.float32).reshape(-1).copy())

@@ -16,13 +16,17 @@ import argparse
 import dataclasses
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from hybrid_policy.models.checkpoint import Checkpoint, open_checkpoint
+from hybrid_policy.errors import InputError
+from hybrid_policy.models.checkpoint import QUANT_CONFIG, Checkpoint, open_checkpoint
+from hybrid_policy.models.checkpoint_config import canonical
 from hybrid_policy.models.normalization import Normalization
 from hybrid_policy.models.pi05 import EXPERT, PREFIX, PROJECTOR, VISION, Pi05
+from hybrid_policy.models.tensor_files import read_json
 
 #: the model's parts by the beginning of their parameters' names; what is left is "action and time"
 PARTS = {
@@ -52,6 +56,23 @@ def parameter_parts(checkpoint: Checkpoint) -> dict[str, int]:
     return counts
 
 
+def quantised_layers(directory: Path) -> dict[str, str]:
+    """Site -> algorithm of a ModelOpt checkpoint; empty for plain weights."""
+    path = directory / QUANT_CONFIG
+    if not path.exists():
+        return {}
+    table = read_json(path).get("quantization")
+    layers = table.get("quantized_layers") if isinstance(table, dict) else None
+    if not isinstance(layers, dict) or not layers:
+        raise InputError.at(
+            path, "quantization.quantized_layers", layers, "an object: layer -> its algorithm"
+        )
+    return {
+        canonical(site): str(entry.get("quant_algo")) if isinstance(entry, dict) else "unknown"
+        for site, entry in layers.items()
+    }
+
+
 def _normalization(value: Normalization | None) -> str:
     if value is None:
         return "no statistics"
@@ -79,6 +100,7 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
         "action": _normalization(processors.action),
         "relative_actions": list(processors.relative),
         "integrated_actions": list(processors.integrated),
+        "quantised": dict(Counter(quantised_layers(checkpoint.directory).values())),
         "tokenizer": str(processors.tokenizer.path) if processors.tokenizer else None,
         "notes": checkpoint.notes,
         "missing": processors.missing,
@@ -87,7 +109,8 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Inspect; 0 unless the checkpoint cannot be used at all (an InputError, 2)."""
-    checkpoint = open_checkpoint(args.checkpoint, args.tokenizer)
+    layers = quantised_layers(Path(args.checkpoint).expanduser())
+    checkpoint = open_checkpoint(args.checkpoint, args.tokenizer, layers)
     found = summary(checkpoint)
     if args.json:
         print(json.dumps(found, indent=2))
@@ -114,6 +137,9 @@ def _print(checkpoint: Checkpoint, found: dict[str, Any]) -> None:
     types = ", ".join(f"{count} {dtype}" for dtype, count in found["tensors"].items())
     print(f"{kind}, {total / 1e6:,.1f} M parameters, {form}{asset}")
     print(f"  {found['directory']}: {', '.join(found['files'])} ({size / 1e6:,.1f} MB; {types})")
+    if found["quantised"]:
+        counts = ", ".join(f"{count} in {name}" for name, count in found["quantised"].items())
+        print(f"  quantised linear layers: {counts}")
     print("parameters")
     for part, count in found["parameters"].items():
         print(f"  {part:<24}{count / 1e6:>12,.2f} M")

@@ -111,7 +111,7 @@ def _integrated(path: Path, description: Description, default: tuple[float, ...]
     given, limit = description.dims.get("integrated_actions"), description.config.action_dim
     if given is None:
         return default
-    numbers = isinstance(given, list) and all(type(v) in (int, float) for v in given)
+    numbers = isinstance(given, list) and all(type(v) in (int, float) and abs(v) < 1e9 for v in given)
     if not numbers or len(given) > min(limit, description.config.state_dim):
         raise InputError.at(
             path, "integrated_actions", given, "a list of numbers, at most one an action dimension"

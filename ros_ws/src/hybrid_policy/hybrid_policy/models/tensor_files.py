@@ -87,9 +87,14 @@ def _parse_object(path: Path, text: str) -> dict[str, Any]:
             found[key] = value
         return found
 
+    def constant(name: str) -> None:
+        raise InputError(f"{path}: {name} is not a number that JSON has")
+
     try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # also a whole number of thousands of digits
         raise InputError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: a JSON {type(value).__name__} given, expected an object")

@@ -272,6 +272,24 @@ def test_packed_sites_are_left_to_the_caller(tiny_copy) -> None:
     ]
 
 
+def test_a_quantised_checkpoint_is_described_and_not_loaded_as_a_plain_one(tiny_copy, capsys) -> None:
+    sites = open_checkpoint(tiny_copy).sites()[-5:-3]
+    path = tiny_copy / "model.safetensors"
+    tensors = load_file(path)
+    for site in sites:
+        tensors[f"model.{site}.weight"] = torch.zeros(2, 2, dtype=torch.uint8)
+    save_file(tensors, path)
+    layers = {f"model.{sites[0]}": {"quant_algo": "FP8"}, sites[1]: {"quant_algo": "NVFP4"}}
+    quantised = tiny_copy / "hf_quant_config.json"
+    quantised.write_text(json.dumps({"quantization": {"quantized_layers": layers}}))
+    assert main(["inspect", str(tiny_copy)]) == 0
+    assert "quantised linear layers: 1 in FP8, 1 in NVFP4" in capsys.readouterr().out
+    assert main(["verify", str(tiny_copy)]) == 2
+    assert "a quantised checkpoint" in capsys.readouterr().err
+    quantised.write_text("{}")
+    assert main(["inspect", str(tiny_copy)]) == 2
+
+
 def test_dtypes_and_streaming(tiny) -> None:
     checkpoint = open_checkpoint(tiny)
     for name, tensor in checkpoint.tensors("cpu", torch.bfloat16):

@@ -232,7 +232,7 @@ def steps(index: int, **values: object):
         ("config.json", lambda c: c["output_features"]["action"].update(shape=[2, 3]), "one-dimensional"),
         ("config.json", lambda c: c.update(use_visual_memory=True), "not supported"),
         ("dims.json", lambda d: d.update(vlm=[1]), "expected an object"),
-        ("dims.json", lambda d: d["vision"].update(num_attention_heads=0), "at least 1"),
+        ("dims.json", lambda d: d["vision"].update(num_attention_heads=0), "0 given, expected"),
         ("dims.json", lambda d: d.update(cameras="two"), "list of names"),
     ],
 )

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch
-
 from hybrid_policy.models.checkpoint_writer import _dims, _lerobot_config
 from hybrid_policy.models.config import GemmaConfig, Pi05Config, VisionConfig
 from hybrid_policy.models.pi05 import Pi05
@@ -20,7 +19,8 @@ def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 checkpoint = open_checkpoint(sys.argv[1])
 before, read = peak(), 0
 for name, tensor in checkpoint.tensors("cpu", torch.bfloat16):
-    read += checkpoint.store.info(checkpoint.names[name]).end - checkpoint.store.info(checkpoint.names[name]).begin
+    info = checkpoint.store.info(checkpoint.names[name])
+    read += info.end - info.begin
 print(int(peak() - before), read >> 20)
 """
 
@@ -46,8 +46,8 @@ def sparse_checkpoint(folder: Path, config: Pi05Config, bytes_each: int = 4) -> 
 def test_the_host_holds_one_tensor_at_a_time(tmp_path) -> None:
     config = Pi05Config(
         vision=VisionConfig(64, 1, 64, 1, 14),
-        prefix=GemmaConfig(512, 10, 8192, 1, 1, 64),
-        expert=GemmaConfig(64, 10, 64, 1, 1, 64),
+        prefix=GemmaConfig(256, 6, 8192, 1, 1, 64),
+        expert=GemmaConfig(64, 6, 64, 1, 1, 64),
         vocab_size=1000,
         cameras=("a",),
     )
@@ -56,8 +56,8 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path) -> None:
         [sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=True
     )
     grown, read = (int(word) for word in done.stdout.split())
-    largest = 8192 * 512 * 4 >> 20
-    assert read > 450
+    largest = 8192 * 256 * 4 >> 20
+    assert read > 140
     assert (
         grown < 6 * largest
     )  # one tensor, and a piece of it mapped and checked; a whole load would be `read`
