@@ -101,7 +101,7 @@ class ControlCycle:
         self.timeline.clear()
         self.delays.clear()
         self.forget_chunks()
-        self._accepted = 0
+        self._accepted, self._cold = 0, None
 
     def forget_chunks(self) -> None:
         """Start the next chunk without regard to earlier ones; delays stay known."""

@@ -13,6 +13,8 @@ from hybrid_policy.control.robot_file import Limits
 
 Array = NDArray[np.float64]
 _TOLERANCE = 1e-6
+#: Stands for no acceleration limit: finite, so that differences of it are numbers.
+_UNLIMITED = 1e12
 
 
 @dataclass(frozen=True)
@@ -99,28 +101,26 @@ class Guard:
     def _follow(
         self, plan: Plan, target: Array, steps: Array
     ) -> tuple[Array, NDArray[np.bool_], NDArray[np.bool_]]:
-        limits = self._limits
-        position, speed = plan.start_position.copy(), plan.start_velocity.copy()
-        lower, upper = np.minimum(limits.lower, position), np.maximum(limits.upper, position)
-        out = np.empty_like(target)
-        too_fast, too_sharp = np.zeros(target.shape, bool), np.zeros(target.shape, bool)
-        with np.errstate(invalid="ignore", over="ignore"):
-            for k, step in enumerate(steps):
-                wanted = (target[k] - position) / step
-                within = np.clip(wanted, -limits.velocity, limits.velocity)
-                too_fast[k] = np.abs(within - wanted) > _TOLERANCE
-                room = limits.acceleration * step
-                reachable = np.clip(within, speed - room, speed + room)
-                too_sharp[k] = np.abs(reachable - within) > _TOLERANCE
-                # v^2 / 2a + v dt / 2 <= distance: what can still be braked before the limit
-                ahead = _brakable(np.maximum(upper - position, 0.0), limits.acceleration, step)
-                behind = _brakable(np.maximum(position - lower, 0.0), limits.acceleration, step)
-                speed = np.clip(reachable, -behind, ahead)
-                moved = np.clip(position + speed * step, lower, upper)
-                speed = (moved - position) / step
-                position = moved
-                out[k] = position
-        return out, too_fast, too_sharp
+        limits, least, most = self._limits, np.minimum, np.maximum
+        acceleration = least(limits.acceleration, _UNLIMITED)
+        position, speed = plan.start_position, plan.start_velocity
+        lower, upper = least(limits.lower, position), most(limits.upper, position)
+        shape = target.shape
+        out, wanted, within, reachable = (np.empty(shape) for _ in range(4))
+        for k, step in enumerate(steps.tolist()):
+            room = acceleration * step
+            half = 0.5 * room
+            np.divide(target[k] - position, step, out=wanted[k])
+            least(most(wanted[k], -limits.velocity), limits.velocity, out=within[k])
+            least(most(within[k], speed - room), speed + room, out=reachable[k])
+            # Steps of constant speed v brake within d if v^2 / 2a + v dt / 2 <= d.
+            ahead = np.sqrt(half * half + 2.0 * acceleration * (upper - position)) - half
+            behind = np.sqrt(half * half + 2.0 * acceleration * (position - lower)) - half
+            moved = position + step * least(most(reachable[k], -behind), ahead)
+            least(most(moved, lower), upper, out=out[k])
+            speed = (out[k] - position) / step
+            position = out[k]
+        return out, np.abs(within - wanted) > _TOLERANCE, np.abs(reachable - within) > _TOLERANCE
 
     def _report(
         self,
@@ -141,12 +141,3 @@ class Guard:
         if report.clipped:
             self.counts["chunks_limited"] += 1
         return report
-
-
-def _brakable(distance: Array, acceleration: Array, step: float) -> Array:
-    """The largest speed that steps of constant speed can still brake to 0 within ``distance``."""
-    finite = np.where(np.isfinite(acceleration), acceleration, 0.0)
-    half = 0.5 * finite * step
-    speed = np.sqrt(half * half + 2.0 * finite * np.where(np.isfinite(distance), distance, 0.0)) - half
-    free = ~np.isfinite(acceleration) | ~np.isfinite(distance)
-    return np.where(free, np.inf, np.maximum(speed, 0.0))
