@@ -12,8 +12,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels.decode import fp8_scale, gelu_tanh, round_e4m3
+from hybrid_policy.kernels.norm_output import NormOutput, norm_operands
 from hybrid_policy.kernels.nvfp4 import GROUP
 from hybrid_policy.kernels.nvfp4_activation import NVFP4Activation
+
+
+#: Columns of one program of the epilogue kernel.
+FINISH_COLUMNS = 1024
 
 
 def norm_reference(
@@ -114,7 +119,7 @@ def _quantize_rows(
 @triton.jit
 def _finish_rows(
     y_ptr, row_scale_ptr, bias_ptr, gate_ptr, residual_ptr, gate_shift_ptr, up_shift_ptr, out_ptr, out_scale_ptr,
-    unit, N: tl.constexpr, BN: tl.constexpr, GEGLU: tl.constexpr, PDL: tl.constexpr, EXACT: tl.constexpr,
+    norm_factor_ptr, norm_ptr, squares_ptr, unit, M, N: tl.constexpr, BN: tl.constexpr, GEGLU: tl.constexpr, PDL: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """The epilogue behind a library's product: one row and BN outputs a program."""
     if PDL:
@@ -132,7 +137,7 @@ def _finish_rows(
         if gate_shift_ptr is not None:
             g += tl.load(gate_shift_ptr + n, mask=mask, other=0.0)
             u += tl.load(up_shift_ptr + n, mask=mask, other=0.0)
-        y = gelu_tanh(g) * u
+        y = gelu_tanh(g, EXACT) * u
         if out_scale_ptr is not None:
             y = y / tl.load(out_scale_ptr)
             if EXACT:
@@ -147,6 +152,12 @@ def _finish_rows(
             y = y * tl.load(gate_ptr + n, mask=mask, other=0.0).to(tl.float32)
         if residual_ptr is not None:
             y += tl.load(residual_ptr + row * N + n, mask=mask, other=0.0).to(tl.float32)
+        if norm_ptr is not None:
+            if not EXACT:
+                y = y.to(out_ptr.dtype.element_ty).to(tl.float32)
+            scaled = y * tl.load(norm_factor_ptr + n, mask=mask, other=0.0).to(tl.float32)
+            tl.store(norm_ptr + row * N + n, scaled.to(norm_ptr.dtype.element_ty), mask=mask)
+            tl.store(squares_ptr + tl.program_id(1) * M + row, tl.sum(tl.where(mask, y * y, 0.0), axis=0))
     tl.store(out_ptr + row * N + n, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -265,13 +276,14 @@ def finish_rows(
     bias: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    norm_out: NormOutput | None = None,
     pdl: bool = False,
 ) -> None:
     """``out = residual + gate * (y * row_scale * unit + bias)`` in one kernel, behind a library's product [M, N]."""
     m, n = y.shape
-    _finish_rows[(m, triton.cdiv(n, 1024))](
-        y, row_scale, bias, gate, residual, None, None, out, None, unit,
-        n, 1024, False, pdl, interpreted(), num_warps=4, launch_pdl=pdl,
+    _finish_rows[(m, triton.cdiv(n, FINISH_COLUMNS))](
+        y, row_scale, bias, gate, residual, None, None, out, None, *norm_operands(norm_out), unit,
+        m, n, FINISH_COLUMNS, False, pdl, interpreted(), num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
 
 
@@ -288,7 +300,7 @@ def finish_geglu(
 ) -> None:
     """``out = gelu_tanh(gate) * up`` in one kernel; ``y`` [M, 2F] with gate and up interleaved, ``out`` [M, F]."""
     m, f = out.shape
-    _finish_rows[(m, triton.cdiv(f, 1024))](
-        y, row_scale, None, None, None, gate_shift, up_shift, out, out_scale, unit,
-        f, 1024, True, pdl, interpreted(), num_warps=4, launch_pdl=pdl,
+    _finish_rows[(m, triton.cdiv(f, FINISH_COLUMNS))](
+        y, row_scale, None, None, None, gate_shift, up_shift, out, out_scale, None, None, None, unit,
+        m, f, FINISH_COLUMNS, True, pdl, interpreted(), num_warps=4, launch_pdl=pdl,
     )  # fmt: skip

@@ -146,6 +146,21 @@ def prefetch_lines(base, lines):
 
 
 @triton.jit
-def gelu_tanh(x):
-    """tanh-approximated GELU by a sigmoid: x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
-    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+def gelu_tanh(x, EXACT: tl.constexpr):
+    """tanh-approximated GELU by a sigmoid: x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3).
+
+    The hardware form takes 2^t and 1/t from the special-function unit (relative error 2e-7 together).
+    """
+    # -2 u log2(e)
+    t = x * (-2.302208198144325 - 0.10294324 * x * x)
+    if EXACT:
+        return x / (1.0 + tl.exp2(t))
+    else:
+        return x * tl.inline_asm_elementwise(
+            "{ .reg .f32 e; ex2.approx.ftz.f32 e, $1; add.ftz.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }",
+            "=f,f",
+            [t],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )

@@ -35,16 +35,20 @@ class NormPrologue:
     """An RMS norm folded into the product that follows it.
 
     Attributes:
-        factor: [K] bf16, the column factor: 1 + w of a plain RMSNorm, 1 + scale of adaRMS.
+        factor: [K] bf16, the column factor: 1 + w of a plain RMSNorm, 1 + scale of adaRMS. None if ``squares`` is
+            given: then x has been multiplied by it already.
+        squares: float32 [T, M], partial sums of the unscaled x^2 that the linear before wrote (NormOutput): the
+            cheapest form, for x then goes to the tensor cores as it is.
         gate_shift, up_shift: [F] fp32 each, W shift of adaRMS; None for a plain norm. They may be rows of a table
             over flow steps (any storage offset, stride 1).
         eps: added to the mean square.
     """
 
-    factor: torch.Tensor
+    factor: torch.Tensor | None = None
     gate_shift: torch.Tensor | None = None
     up_shift: torch.Tensor | None = None
     eps: float = 1e-6
+    squares: torch.Tensor | None = None
 
 
 class PackedGateUp(torch.nn.Module, ABC):
@@ -136,10 +140,19 @@ class PackedGateUp(torch.nn.Module, ABC):
                 raise InputError.at("gate_up", "out.dtype", out.dtype, f"{expected} (out_scale decides)")
         if norm is None:
             return
-        if tuple(norm.factor.shape) != (self.in_features,) or norm.factor.dtype != torch.bfloat16:
+        if (norm.factor is None) == (norm.squares is None):
             raise InputError.at(
-                "gate_up", "norm.factor", describe(norm.factor), f"bf16 ({self.in_features},)"
+                "gate_up", "norm.factor, norm.squares", "both or neither given", "one of them"
             )
+        if norm.squares is not None and (norm.squares.ndim != 2 or norm.squares.shape[1] != x.shape[0]):
+            raise InputError.at(
+                "gate_up", "norm.squares", describe(norm.squares), f"float32 [T, {x.shape[0]}]"
+            )
+        factor = norm.factor
+        if factor is not None and (
+            tuple(factor.shape) != (self.in_features,) or factor.dtype != torch.bfloat16
+        ):
+            raise InputError.at("gate_up", "norm.factor", describe(factor), f"bf16 ({self.in_features},)")
         if (norm.gate_shift is None) != (norm.up_shift is None):
             raise InputError.at("gate_up", "norm", "one shift row of two", "both or none")
         for row in (norm.gate_shift, norm.up_shift):
@@ -160,10 +173,14 @@ def geglu_reference(
     factor, which is a scalar of each token.
     """
     wide = x.to(gate.dtype)
-    row, shifts = 1.0, (0.0, 0.0)
+    row = torch.ones((), dtype=gate.dtype, device=x.device)
+    shifts: tuple[torch.Tensor | float, torch.Tensor | float] = (0.0, 0.0)
     if norm is not None:
-        row = torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
-        wide = wide * norm.factor.to(gate.dtype)
+        if norm.squares is not None:
+            row = torch.rsqrt(norm.squares.to(gate.dtype).sum(0)[:, None] / x.shape[1] + norm.eps)
+        elif norm.factor is not None:
+            row = torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+            wide = wide * norm.factor.to(gate.dtype)
         if norm.gate_shift is not None and norm.up_shift is not None:
             shifts = (norm.gate_shift.to(gate.dtype), norm.up_shift.to(gate.dtype))
     wide = (

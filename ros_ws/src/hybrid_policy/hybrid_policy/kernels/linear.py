@@ -20,6 +20,7 @@ import torch
 
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import fp8, nvfp4
+from hybrid_policy.kernels.norm_output import NormOutput
 from hybrid_policy.kernels.nvfp4_activation import nvfp4_dequantize, nvfp4_reference
 
 Precision = Literal["bf16", "fp8_w8a8", "nvfp4_w4a16", "nvfp4_w4a4"]
@@ -59,6 +60,7 @@ class PackedLinear(torch.nn.Module, ABC):
         residual: torch.Tensor | None = None,
         gate: torch.Tensor | None = None,
         x_scale: torch.Tensor | None = None,
+        norm_out: NormOutput | None = None,
         pdl: bool = False,
     ) -> torch.Tensor:
         """``x`` [M, K] (contiguous) -> [M, N].
@@ -70,6 +72,7 @@ class PackedLinear(torch.nn.Module, ABC):
             residual: [M, N] bf16 or fp32, added in fp32.
             gate: [N] fp32 or bf16 (adaRMS's gate row), multiplies y before the residual is added; needs ``residual``.
             x_scale: float32 scalar tensor, the scale of FP8 activations (gate_up's ``out_scale``).
+            norm_out: also write what the norm of the next block needs (see NormOutput).
             pdl: launch as a stage of a programmatic-dependent-launch chain: weights are fetched before the wait
                 for the preceding kernel, and dependents may start early. On a route of a library's (cuBLAS) and
                 on the reference it changes nothing.
@@ -77,10 +80,10 @@ class PackedLinear(torch.nn.Module, ABC):
         Raises:
             InputError: a shape, dtype or layout that differs from the above.
         """
-        self.check(x, out, residual, gate, x_scale)
+        self.check(x, out, residual, gate, x_scale, norm_out)
         if out is None:
             out = torch.empty((x.shape[0], self.out_features), dtype=torch.bfloat16, device=x.device)
-        self.compute(x, out, residual, gate, x_scale, pdl)
+        self.compute(x, out, residual, gate, x_scale, norm_out, pdl)
         return out
 
     @abstractmethod
@@ -91,9 +94,14 @@ class PackedLinear(torch.nn.Module, ABC):
         residual: torch.Tensor | None,
         gate: torch.Tensor | None,
         x_scale: torch.Tensor | None,
+        norm_out: NormOutput | None,
         pdl: bool,
     ) -> None:
         """Fill ``out``; the arguments have been checked."""
+
+    def norm_tiles(self, m: int) -> int:
+        """T of ``NormOutput.squares`` [T, M] for ``m`` tokens; a power of two."""
+        return 1
 
     @abstractmethod
     def effective_weight(self) -> torch.Tensor:
@@ -110,6 +118,7 @@ class PackedLinear(torch.nn.Module, ABC):
         residual: torch.Tensor | None,
         gate: torch.Tensor | None,
         x_scale: torch.Tensor | None,
+        norm_out: NormOutput | None,
     ) -> None:
         """Raise InputError unless a call's arguments fit."""
         if x.ndim != 2 or x.shape[1] != self.in_features or not x.is_contiguous():
@@ -129,6 +138,11 @@ class PackedLinear(torch.nn.Module, ABC):
                 raise InputError.at("linear", name, describe(tensor), f"contiguous {shape}")
             if tensor.dtype not in (torch.bfloat16, torch.float32):
                 raise InputError.at("linear", f"{name}.dtype", tensor.dtype, "bfloat16 or float32")
+        if norm_out is not None:
+            wanted = (self.norm_tiles(x.shape[0]), x.shape[0])
+            if tuple(norm_out.squares.shape) != wanted or tuple(norm_out.scaled.shape) != shape:
+                got = f"squares {tuple(norm_out.squares.shape)}, scaled {tuple(norm_out.scaled.shape)}"
+                raise InputError.at("linear", "norm_out", got, f"squares {wanted}, scaled {shape}")
         if gate is not None and (tuple(gate.shape) != (self.out_features,) or not gate.is_contiguous()):
             raise InputError.at("linear", "gate", describe(gate), f"contiguous ({self.out_features},)")
 
@@ -144,6 +158,7 @@ def epilogue(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     gate: torch.Tensor | None,
+    norm_out: NormOutput | None = None,
 ) -> None:
     """The reference of every kernel's epilogue, on a float32 ``y`` [M, N]."""
     if bias is not None:
@@ -153,6 +168,10 @@ def epilogue(
     if residual is not None:
         y = y + residual.float()
     out.copy_(y)
+    if norm_out is not None:
+        norm_out.scaled.copy_(out.float() * norm_out.factor.float())
+        norm_out.squares.zero_()
+        norm_out.squares[0] = out.float().square().sum(-1)
 
 
 class ReferenceLinear(PackedLinear):
@@ -177,11 +196,12 @@ class ReferenceLinear(PackedLinear):
         residual: torch.Tensor | None,
         gate: torch.Tensor | None,
         x_scale: torch.Tensor | None,
+        norm_out: NormOutput | None,
         pdl: bool,
     ) -> None:
         """Float32 throughout; activations quantised first where the precision says so."""
         wide = x.float() * x_scale if x_scale is not None else rounded_activation(x.float(), self.precision)
-        epilogue(wide @ self.effective_weight().T, out, self.bias, residual, gate)
+        epilogue(wide @ self.effective_weight().T, out, self.bias, residual, gate, norm_out)
 
     def effective_weight(self) -> torch.Tensor:
         """Held as it is."""

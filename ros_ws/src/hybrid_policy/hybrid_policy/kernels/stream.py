@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import fp8, nvfp4, packing
 from hybrid_policy.kernels.activations import interpreted
 from hybrid_policy.kernels.decode import NVFP4_ROW_FACTOR
+from hybrid_policy.kernels.norm_output import NormOutput, norm_operands
 from hybrid_policy.kernels.stream_gemm import stream_gemm
 from hybrid_policy.kernels.tiles import Format, Tile
 
@@ -97,6 +99,20 @@ class StreamWeight(torch.nn.Module):
             self.counter = torch.zeros(tiles, dtype=torch.int32, device=self.weight.device)
         return self.partial, self.counter
 
+    def operands(self, x: torch.Tensor, tile: Tile, exact: bool) -> tuple[Any, Any, Any, Any]:
+        """x, the second token tile's x, weights and scales: pointers, or descriptors for the bulk copy engine."""
+        weight, scales = self.weight, self.scales
+        if tile.tma_w and self.fmt == "nvfp4":
+            assert scales is not None
+            weight = TensorDescriptor.from_tensor(self.weight.view(-1, 32), [tile.bn, 32])
+            scales = TensorDescriptor.from_tensor(scales.view(-1, 16), [tile.bn, 16])
+        elif tile.tma_w:
+            weight = TensorDescriptor.from_tensor(self.weight, [tile.bn, tile.bk])
+        if not tile.tma_x:
+            return x, x if tile.bm2 else None, weight, scales
+        second = TensorDescriptor.from_tensor(x, [tile.bm2, tile.bk]) if tile.bm2 else None
+        return TensorDescriptor.from_tensor(x, [tile.bm, tile.bk]), second, weight, scales
+
     def launch(
         self,
         x: torch.Tensor,
@@ -112,6 +128,8 @@ class StreamWeight(torch.nn.Module):
         factor: torch.Tensor | None = None,
         gate_shift: torch.Tensor | None = None,
         up_shift: torch.Tensor | None = None,
+        norm_out: NormOutput | None = None,
+        squares: torch.Tensor | None = None,
         eps: float = 0.0,
         pdl: bool = False,
     ) -> None:
@@ -119,10 +137,15 @@ class StreamWeight(torch.nn.Module):
         m = x.shape[0]
         partial, counter = self.workspace(tile, m)
         exact = interpreted()
+        read_tiles = 0 if squares is None else squares.shape[0]
+        norm_factor, scaled, written = norm_operands(norm_out)
+        squares = written if squares is None else squares
+        x_operand, x2_operand, weight, scales = self.operands(x, tile, exact)
         stream_gemm[(tile.programs(m, self.n),)](
-            x, self.weight, self.scales, self.row_scale, x_scale, out, bias, residual, gate, out_scale,
-            factor, gate_shift, up_shift, partial, counter, m, eps,
-            **constants(self.fmt, self.n, self.k, tile, geglu=geglu, pdl=pdl, exact=exact),
+            x_operand, x2_operand, weight, scales, self.row_scale, x_scale, out, bias, residual, gate, out_scale,
+            factor, gate_shift, up_shift, norm_factor, scaled, squares, partial, counter, self.weight, self.scales, m, eps,
+            **constants(self.fmt, self.n, self.k, tile, geglu=geglu, pdl=pdl, exact=exact), TILES=read_tiles,
+            X_ROWS=x_scale is not None and x_scale.numel() > 1,
             num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
         )  # fmt: skip
 
@@ -138,7 +161,7 @@ def constants(
     prefetch = 0 if ragged or lines < 64 else min(tile.prefetch, 1 << (lines.bit_length() - 1))
     return {
         "N": n, "K": k, "FORMAT": fmt, "GEGLU": geglu, "BM": tile.bm, "BM2": tile.bm2, "BN": tile.bn, "BK": tile.bk,
-        "SPLIT": tile.split, "SWAP": tile.swap, "STAGES": 1 if exact else tile.stages, "PREFETCH": prefetch,
+        "TMA_X": tile.tma_x, "TMA_W": tile.tma_w, "ROTATE": tile.rotate, "TRIGGER": tile.trigger, "SPLIT": tile.split, "SWAP": tile.swap, "STAGES": 1 if exact else tile.stages, "PREFETCH": prefetch,
         "PDL": pdl, "EXACT": exact,
     }  # fmt: skip
 

@@ -23,14 +23,81 @@ from hybrid_policy.kernels.decode import fp8_group, gelu_tanh, nvfp4_tile, prefe
 
 
 @triton.jit
-def _load_x(x_ptr, m, k, M, K: tl.constexpr, EVEN_K: tl.constexpr, X_FP8: tl.constexpr, EXACT: tl.constexpr):
-    mask = (m < M)[:, None]
-    if not EVEN_K:
-        mask = mask & (k < K)[None, :]
-    x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=mask, other=0.0)
+def _load_x(
+    x_ptr,
+    first,
+    k0,
+    M,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """x[first : first + BM, k0 : k0 + BK], zeros beyond [M, K]."""
+    if TMA:
+        x = x_ptr.load([first, k0])
+    else:
+        m = first + tl.arange(0, BM)
+        k = k0 + tl.arange(0, BK)
+        mask = (m < M)[:, None]
+        if not EVEN_K:
+            mask = mask & (k < K)[None, :]
+        x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=mask, other=0.0)
     if EXACT:
         x = x.to(tl.float32)
     return x
+
+
+@triton.jit
+def _load_rows(
+    w_ptr,
+    first,
+    k0,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Row-major weights [BN, BK] of rows ``first``... and columns ``k0``..., zeros beyond [N, K]."""
+    n = first + tl.arange(0, BN)
+    k = k0 + tl.arange(0, BK)
+    if TMA:
+        w = w_ptr.load([first, k0])
+    elif N % BN == 0 and EVEN_K:
+        w = tl.load(w_ptr + n[:, None] * K + k[None, :])
+    else:
+        w = tl.load(w_ptr + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+    return w
+
+
+@triton.jit
+def _load_nvfp4(
+    w_ptr,
+    scale_ptr,
+    first,
+    k0,
+    ROWS: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """(words int32 [BN, BK/8], scales uint8 [BN, BK/16]) of rows ``first``... and columns ``k0``..."""
+    if TMA:
+        tl.static_assert(BK == 256)
+        at = k0 // 256 * ROWS + first
+        words = w_ptr.load([at, 0])
+        scales = scale_ptr.load([at, 0])
+    else:
+        n = first + tl.arange(0, BN)
+        k8 = k0 // 8 + tl.arange(0, BK // 8)
+        k16 = k0 // 16 + tl.arange(0, BK // 16)
+        words = tl.load(w_ptr + n[:, None] * 32 + ((k8 // 32) * (ROWS * 32) + k8 % 32)[None, :])
+        scales = tl.load(scale_ptr + n[:, None] * 16 + ((k16 // 16) * (ROWS * 16) + k16 % 16)[None, :])
+    return words, scales
 
 
 @triton.jit
@@ -95,6 +162,9 @@ def _finish(
     out_scale_ptr,
     gate_shift_ptr,
     up_shift_ptr,
+    norm_factor_ptr,
+    norm_ptr,
+    squares_ptr,
     M,
     eps,
     N: tl.constexpr,
@@ -103,13 +173,18 @@ def _finish(
     BN: tl.constexpr,
     GEGLU: tl.constexpr,
     NORM: tl.constexpr,
+    TILES: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     """The epilogue on a float32 [BM, BN]."""
     n = pid_n * BN + tl.arange(0, BN)
     if row_scale_ptr is not None:
         acc = acc * tl.load(row_scale_ptr + n, mask=n < N, other=0.0)[None, :]
-    if NORM:
+    if TILES > 0:
+        tile = tl.arange(0, TILES)
+        sums = tl.load(squares_ptr + tile[None, :] * M + m[:, None], mask=(m < M)[:, None], other=1.0)
+        acc = acc * tl.rsqrt(tl.sum(sums, axis=1) / K + eps)[:, None]
+    elif NORM:
         row = tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
         acc = acc * row[:, None]
     if GEGLU:
@@ -119,7 +194,7 @@ def _finish(
         if gate_shift_ptr is not None:
             gate += tl.load(gate_shift_ptr + f, mask=f < F, other=0.0)[None, :]
             up += tl.load(up_shift_ptr + f, mask=f < F, other=0.0)[None, :]
-        y = gelu_tanh(gate) * up
+        y = gelu_tanh(gate, EXACT) * up
         mask = (m < M)[:, None] & (f < F)[None, :]
         at = m[:, None] * F + f[None, :]
         if out_scale_ptr is not None:
@@ -137,6 +212,14 @@ def _finish(
         if residual_ptr is not None:
             acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        if norm_ptr is not None:
+            # The next norm sees what was stored.
+            if not EXACT:
+                acc = acc.to(out_ptr.dtype.element_ty).to(tl.float32)
+            factor = tl.load(norm_factor_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+            tl.store(norm_ptr + at, (acc * factor[None, :]).to(norm_ptr.dtype.element_ty), mask=mask)
+            total = tl.sum(tl.where((n < N)[None, :], acc * acc, 0.0), axis=1)
+            tl.store(squares_ptr + pid_n * M + m, total, mask=m < M)
 
 
 @triton.jit
@@ -172,6 +255,7 @@ def _prefetch_weights(
 @triton.jit
 def stream_gemm(
     x_ptr,
+    x2_ptr,
     w_ptr,
     scale_ptr,
     row_scale_ptr,
@@ -184,8 +268,13 @@ def stream_gemm(
     factor_ptr,
     gate_shift_ptr,
     up_shift_ptr,
+    norm_factor_ptr,
+    norm_ptr,
+    squares_ptr,
     partial_ptr,
     counter_ptr,
+    prefetch_ptr,
+    prefetch_scale_ptr,
     M,
     eps,
     N: tl.constexpr,
@@ -199,6 +288,12 @@ def stream_gemm(
     SPLIT: tl.constexpr,
     SWAP: tl.constexpr,
     STAGES: tl.constexpr,
+    TMA_X: tl.constexpr,
+    TMA_W: tl.constexpr,
+    ROTATE: tl.constexpr,
+    X_ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    TRIGGER: tl.constexpr,
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
     EXACT: tl.constexpr,
@@ -211,6 +306,8 @@ def stream_gemm(
     X_FP8: tl.constexpr = x_scale_ptr is not None
     NVFP4: tl.constexpr = FORMAT == "nvfp4"
     KS: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK) * BK
+    # One step in all: the whole tile of weights is loaded before the wait.
+    EARLY: tl.constexpr = PDL and KS == BK and not NVFP4
     EVEN_K: tl.constexpr = K % (SPLIT * BK) == 0
     ROWS: tl.constexpr = (N + 127) // 128 * 128
     m_tiles = (M + BM + BM2 - 1) // (BM + BM2)
@@ -223,14 +320,20 @@ def stream_gemm(
     if PDL:
         if PREFETCH > 0:
             if NVFP4:
-                _prefetch_weights(w_ptr, scale_ptr, pid_n, k_begin, ROWS, K, KS, BN, True, 0, PREFETCH)
+                _prefetch_weights(
+                    prefetch_ptr, prefetch_scale_ptr, pid_n, k_begin, ROWS, K, KS, BN, True, 0, PREFETCH
+                )
             else:
-                size: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
-                _prefetch_weights(w_ptr, scale_ptr, pid_n, k_begin, N, K, KS, BN, False, size, PREFETCH)
-        gdc_launch_dependents()
+                size: tl.constexpr = prefetch_ptr.dtype.element_ty.primitive_bitwidth // 8
+                _prefetch_weights(prefetch_ptr, prefetch_ptr, pid_n, k_begin, N, K, KS, BN, False, size, PREFETCH)
+        if TRIGGER == 0:
+            gdc_launch_dependents()
+        if EARLY:
+            w_early = _load_rows(w_ptr, pid_n * BN, k_begin, N, K, BN, BK, EVEN_K, TMA_W)
         gdc_wait()
     n = pid_n * BN + tl.arange(0, BN)
-    m = pid_m * (BM + BM2) + tl.arange(0, BM)
+    first = pid_m * (BM + BM2)
+    m = first + tl.arange(0, BM)
     if SWAP:
         acc = tl.zeros((BN, BM), tl.float32)
     else:
@@ -241,48 +344,54 @@ def stream_gemm(
         squares = 0.0
     if BM2 > 0:
         tl.static_assert(SWAP)
-        m2 = pid_m * (BM + BM2) + BM + tl.arange(0, BM2)
+        m2 = first + BM + tl.arange(0, BM2)
         acc2 = tl.zeros((BN, BM2), tl.float32)
         if NORM:
             squares2 = tl.zeros((BM2, BK // 8), tl.float32)
         else:
             squares2 = 0.0
     for step in tl.range(0, KS // BK, num_stages=STAGES):
-        k0 = k_begin + step * BK
+        if ROTATE:
+            # Each row tile starts elsewhere in K, so that programs do not all ask L2 for the same lines of x at once.
+            k0 = k_begin + (step + pid_n) % (KS // BK) * BK
+        else:
+            k0 = k_begin + step * BK
         k = k0 + tl.arange(0, BK)
-        x = _load_x(x_ptr, m, k, M, K, EVEN_K, X_FP8, EXACT)
+        x = _load_x(x_ptr, first, k0, M, K, BM, BK, EVEN_K, TMA_X, EXACT)
         if BM2 > 0:
-            x2 = _load_x(x_ptr, m2, k, M, K, EVEN_K, X_FP8, EXACT)
+            x2 = _load_x(x2_ptr, first + BM, k0, M, K, BM2, BK, EVEN_K, TMA_X, EXACT)
         if NORM:
             factor = tl.load(factor_ptr + k, mask=k < K, other=0.0)
             x, squares = _norm_x(x, squares, factor, BM, BK, EXACT)
             if BM2 > 0:
                 x2, squares2 = _norm_x(x2, squares2, factor, BM2, BK, EXACT)
         if NVFP4:
-            k8 = k0 // 8 + tl.arange(0, BK // 8)
-            k16 = k0 // 16 + tl.arange(0, BK // 16)
-            words = tl.load(w_ptr + n[:, None] * 32 + ((k8 // 32) * (ROWS * 32) + k8 % 32)[None, :])
-            scales = tl.load(scale_ptr + n[:, None] * 16 + ((k16 // 16) * (ROWS * 16) + k16 % 16)[None, :])
+            words, scales = _load_nvfp4(w_ptr, scale_ptr, pid_n * BN, k0, ROWS, BN, BK, TMA_W)
             w = nvfp4_tile(words, scales, BN, BK, EXACT)
         else:
-            if N % BN == 0 and EVEN_K:
-                w = tl.load(w_ptr + n[:, None] * K + k[None, :])
+            if EARLY:
+                w = w_early
             else:
-                w = tl.load(
-                    w_ptr + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0
-                )
+                w = _load_rows(w_ptr, pid_n * BN, k0, N, K, BN, BK, EVEN_K, TMA_W)
             if EXACT:
                 w = w.to(tl.float32)
         if FORMAT == "fp8":
             acc = _product_fp8(x, w, acc, SWAP, X_FP8, EXACT)
         else:
-            acc = _product(x, w, acc, SWAP, EXACT)
+            # The wider product last: it is the one still running under the next tile's decode.
             if BM2 > 0:
                 acc2 = _product(x2, w, acc2, SWAP, EXACT)
+            acc = _product(x, w, acc, SWAP, EXACT)
+    if PDL:
+        if TRIGGER == 1:
+            gdc_launch_dependents()
     if SWAP:
         acc = tl.trans(acc)
     if X_FP8:
-        acc = acc * tl.load(x_scale_ptr)
+        if X_ROWS:
+            acc = acc * tl.load(x_scale_ptr + m, mask=m < M, other=0.0)[:, None]
+        else:
+            acc = acc * tl.load(x_scale_ptr)
     if SPLIT > 1:
         # The part's tile, row-major [SPLIT, m_tiles * BM, n_tiles * BN].
         width: tl.constexpr = n_tiles * BN
@@ -298,16 +407,19 @@ def stream_gemm(
                 acc += tl.load(partial_ptr + other * plane + at, cache_modifier=".cg")
             _finish(
                 acc, squares, m, pid_n, row_scale_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, out_scale_ptr,
-                gate_shift_ptr, up_shift_ptr, M, eps, N, K, BM, BN, GEGLU, NORM, EXACT,
+                gate_shift_ptr, up_shift_ptr, norm_factor_ptr, norm_ptr, squares_ptr, M, eps, N, K, BM, BN, GEGLU, NORM,
+                TILES, EXACT,
             )  # fmt: skip
             tl.store(counter, 0)
     else:
         _finish(
             acc, squares, m, pid_n, row_scale_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, out_scale_ptr,
-            gate_shift_ptr, up_shift_ptr, M, eps, N, K, BM, BN, GEGLU, NORM, EXACT,
+            gate_shift_ptr, up_shift_ptr, norm_factor_ptr, norm_ptr, squares_ptr, M, eps, N, K, BM, BN, GEGLU, NORM,
+            TILES, EXACT,
         )  # fmt: skip
         if BM2 > 0:
             _finish(
                 tl.trans(acc2), squares2, m2, pid_n, row_scale_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr,
-                out_scale_ptr, gate_shift_ptr, up_shift_ptr, M, eps, N, K, BM2, BN, GEGLU, NORM, EXACT,
+                out_scale_ptr, gate_shift_ptr, up_shift_ptr, norm_factor_ptr, norm_ptr, squares_ptr, M, eps, N, K, BM2, BN,
+                GEGLU, NORM, TILES, EXACT,
             )  # fmt: skip

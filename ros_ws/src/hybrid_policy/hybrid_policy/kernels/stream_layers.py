@@ -11,7 +11,8 @@ import torch
 from hybrid_policy.kernels import activations, fp8, library, nvfp4, packing, tiles
 from hybrid_policy.kernels.gate_up import NormPrologue, PackedGateUp
 from hybrid_policy.kernels.linear import PackedLinear, Precision, Weight
-from hybrid_policy.kernels.stream import StreamWeight, capability_of, check_kernel_device
+from hybrid_policy.kernels.norm_output import NormOutput
+from hybrid_policy.kernels.stream import StreamWeight, capability_of, check_kernel_device, next_power_of_two
 
 
 def _route_line(weight: StreamWeight, precision: Precision) -> str:
@@ -41,6 +42,7 @@ class StreamLinear(PackedLinear):
         residual: torch.Tensor | None,
         gate: torch.Tensor | None,
         x_scale: torch.Tensor | None,
+        norm_out: NormOutput | None,
         pdl: bool,
     ) -> None:
         """One kernel, or quantiser + cuBLAS + epilogue."""
@@ -56,17 +58,25 @@ class StreamLinear(PackedLinear):
                 residual=residual,
                 gate=gate,
                 x_scale=x_scale,
+                norm_out=norm_out,
                 pdl=pdl,
             )
             return
-        plain = self.bias is None and residual is None and out.dtype == torch.bfloat16
+        plain = self.bias is None and residual is None and norm_out is None and out.dtype == torch.bfloat16
         y = out if plain else self.scratch.get("y", (m, n), torch.bfloat16)
         if fmt == "bf16":
             library.bf16_product(x, self.packed.weight, y)
         else:
             library_fp8(x, x_scale, self.packed, y, self.scratch, pdl)
         if not plain:
-            activations.finish_rows(y, out, bias=self.bias, gate=gate, residual=residual)
+            activations.finish_rows(y, out, bias=self.bias, gate=gate, residual=residual, norm_out=norm_out)
+
+    def norm_tiles(self, m: int) -> int:
+        """Row tiles of the kernel that ``m`` tokens take."""
+        n, k, fmt = self.out_features, self.in_features, self.packed.fmt
+        if tiles.route(fmt, m, n, k, self.capability) == "library":
+            return next_power_of_two(-(-n // activations.FINISH_COLUMNS))
+        return next_power_of_two(-(-n // tiles.linear_tile(fmt, m, n, k, self.capability).bn))
 
     def effective_weight(self) -> torch.Tensor:
         """Unpacked from the kernel's order."""
@@ -122,10 +132,12 @@ class StreamGateUp(PackedGateUp):
             tile = tiles.gate_up_tile(fmt, m, n, k, self.capability)
             self.packed.launch(
                 x, out, tile, geglu=True, out_scale=out_scale, factor=None if norm is None else norm.factor,
-                gate_shift=shifts[0], up_shift=shifts[1], eps=0.0 if norm is None else norm.eps, pdl=pdl,
+                gate_shift=shifts[0], up_shift=shifts[1], squares=None if norm is None else norm.squares,
+                eps=0.0 if norm is None else norm.eps, pdl=pdl,
             )  # fmt: skip
             return
-        if norm is not None:
+        rows = None if norm is None or norm.squares is None else self.row_factors(norm.squares, norm.eps)
+        if norm is not None and norm.factor is not None:
             normed = self.scratch.get("normed", (m, k), torch.bfloat16)
             x = activations.rms_norm(x, normed, factor=norm.factor, eps=norm.eps, pdl=pdl)
         y = self.scratch.get("y", (m, n), torch.bfloat16)
@@ -133,7 +145,15 @@ class StreamGateUp(PackedGateUp):
             library.bf16_product(x, self.packed.weight, y)
         else:
             library_fp8(x, None, self.packed, y, self.scratch, pdl)
-        activations.finish_geglu(y, out, gate_shift=shifts[0], up_shift=shifts[1], out_scale=out_scale)
+        activations.finish_geglu(
+            y, out, row_scale=rows, gate_shift=shifts[0], up_shift=shifts[1], out_scale=out_scale
+        )
+
+    def row_factors(self, squares: torch.Tensor, eps: float) -> torch.Tensor:
+        """[M] factors of a norm whose squares the linear before left; library route only."""
+        rows = self.scratch.get("rows", (squares.shape[1],), torch.float32)
+        torch.sum(squares, 0, out=rows)
+        return rows.div_(self.in_features).add_(eps).rsqrt_()
 
     def effective_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Unpacked from the kernel's order."""

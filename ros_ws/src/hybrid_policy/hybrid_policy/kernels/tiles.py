@@ -41,6 +41,13 @@ class Tile:
     bm2: int = 0
     #: cache lines of weights each program prefetches before the wait of a dependent launch (a power of two)
     prefetch: int = 256
+    #: load x (and NVFP4 weights) by the bulk tensor copy engine: compute capability 9.0 and above
+    tma_x: bool = False
+    tma_w: bool = False
+    #: each row tile starts at another K step
+    rotate: bool = False
+    #: dependents may launch at the start (0) or behind the main loop (1)
+    trigger: int = 0
 
     def programs(self, m: int, n: int) -> int:
         """Programs launched for [m, n]."""

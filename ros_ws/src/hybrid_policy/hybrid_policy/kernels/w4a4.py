@@ -13,8 +13,9 @@ from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import activations, library, nvfp4, packing
 from hybrid_policy.kernels.gate_up import NormPrologue, PackedGateUp
 from hybrid_policy.kernels.linear import PackedLinear, Weight
+from hybrid_policy.kernels.norm_output import NormOutput
 from hybrid_policy.kernels.nvfp4_activation import NVFP4Activation, swizzle
-from hybrid_policy.kernels.stream import capability_of
+from hybrid_policy.kernels.stream import capability_of, next_power_of_two
 
 
 class W4A4Weight(torch.nn.Module):
@@ -50,8 +51,12 @@ class W4A4Weight(torch.nn.Module):
         if m not in self.quantized:
             self.quantized[m] = NVFP4Activation.empty(m, self.k, x.device, swizzled=True)
         packed = self.quantized[m]
-        if norm is None:
+        if norm is None or norm.factor is None:
             activations.quantize_nvfp4(x, packed, pdl=pdl)
+            if norm is not None and norm.squares is not None:
+                rows = self.scratch.get("rows", (m,), torch.float32)
+                torch.sum(norm.squares, 0, out=rows)
+                packed.row_scale.mul_(rows.div_(self.k).add_(norm.eps).rsqrt_())
         else:
             activations.quantize_nvfp4(x, packed, factor=norm.factor, eps=norm.eps, pdl=pdl)
         y = self.scratch.get("y", (m, self.n), torch.bfloat16)
@@ -83,14 +88,19 @@ class W4A4Linear(PackedLinear):
         residual: torch.Tensor | None,
         gate: torch.Tensor | None,
         x_scale: torch.Tensor | None,
+        norm_out: NormOutput | None,
         pdl: bool,
     ) -> None:
         """Quantise, multiply, finish."""
         y, rows = self.packed.product(x, None, pdl)
         unit = self.packed.unit
         activations.finish_rows(
-            y, out, row_scale=rows, unit=unit, bias=self.bias, gate=gate, residual=residual
+            y, out, row_scale=rows, unit=unit, bias=self.bias, gate=gate, residual=residual, norm_out=norm_out
         )
+
+    def norm_tiles(self, m: int) -> int:
+        """Programs a row of the epilogue kernel."""
+        return next_power_of_two(-(-self.out_features // activations.FINISH_COLUMNS))
 
     def effective_weight(self) -> torch.Tensor:
         """The dequantised weight."""
