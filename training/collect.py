@@ -13,7 +13,7 @@ so it has an answer for both, and the network must read the prompt to know which
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from hybrid_policy.control.robot_file import RobotFile
@@ -81,7 +81,7 @@ class Recorder:
         for index, colour in enumerate(TASK_COLOURS):
             asked = expert_state(robot, colour)
             if set_points is not None:
-                asked = ExpertState(set_points[index][None], asked.joints, asked.tip, asked.cube, asked.half)
+                asked = replace(asked, set_points=set_points[index][None])
             self._asked.append(asked)
 
     def frames(self) -> Frames:
@@ -141,8 +141,8 @@ def add_on_the_way(
     disturbance[[6, 13]] = 0.0
     drift = np.zeros(14)
     target = robot.scene.target
-    after = int(random.integers(2, 14))
-    for _ in range(110):
+    holding = int(random.integers(2, 30))
+    for _ in range(220):
         if random.random() < 0.01:
             target = TASK_COLOURS[int(random.integers(2))]
         drift = 0.8 * drift + 0.6 * disturbance * random.standard_normal(14)
@@ -157,9 +157,13 @@ def add_on_the_way(
             robot.step(5)
         if seen_at >= 0:
             recorder.add(robot, recorder.see(robot) if images is None else images)
-        after -= judge(robot, target).success
-        if after <= 0:
-            break
+        holding -= judge(robot, target).success
+        if holding <= 0:
+            if random.random() < 0.4:
+                break
+            # the prompt changes while the cube is held
+            target = TASK_COLOURS[1 - TASK_COLOURS.index(target)]
+            holding = int(random.integers(2, 30))
 
 
 def collect(seed: int, frames: int, size: int, horizon: int, rest_share: float = 0.5) -> Frames:

@@ -8,7 +8,6 @@ ldconfig
 python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl || exit 1
 ls /usr/local/nvidia/share/glvnd/egl_vendor.d/ 2>/dev/null
 nvidia-smi --query-gpu=name --format=csv,noheader; nproc
-if [ -f .train/init/parts.aa ]; then cat .train/init/parts.* > .train/init/checkpoint/model.safetensors; fi
 python3 training/train.py --out /tmp/run "$@" 2>&1 | tee "$OUT/log.txt"
 cp /tmp/run/figures.json /tmp/run/curve.csv "$OUT/" 2>/dev/null
 if [ -f /tmp/run/checkpoint/model.safetensors ]; then

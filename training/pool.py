@@ -19,7 +19,7 @@ from hybrid_policy.models.observation import ActionChunk, PolicySpec
 from hybrid_policy.share import share_path
 from hybrid_policy.sim.rendering import choose_gl
 from hybrid_policy.sim.robot import SimRobot
-from hybrid_policy.sim.tasks import SceneSettings, sample_scene
+from hybrid_policy.sim.tasks import TASK_COLOURS, SceneSettings, sample_scene
 from numpy.typing import NDArray
 
 #: Delays (s) that a policy meets while it collects its own frames.
@@ -67,6 +67,21 @@ def _episode(job: EpisodesJob, robot: SimRobot, robot_file: RobotFile, seed: int
     return Episode(robot, scene, robot_file, job.spec, settings=settings, seed=seed)
 
 
+def _switched(episode: Episode, switches: dict[int, int], place: int) -> bool:
+    """Most episodes go on: hold for a moment, then the other cube; at most two such changes."""
+    count = switches.get(place, 0)
+    random = np.random.default_rng((episode.seed, count))
+    if count >= 4 or (count % 2 == 0 and (not episode.result.success or random.random() < 0.35)):
+        return False
+    switches[place] = count + 1
+    if count % 2 == 0:
+        episode.ask(episode.prompt, episode.target, float(random.uniform(0.05, 2.0)), stop_at_success=False)
+    else:
+        other = TASK_COLOURS[1 - TASK_COLOURS.index(episode.target)]
+        episode.ask(episode.prompt.replace(episode.target, other), other, episode.settings.limit)
+    return True
+
+
 def _episodes(job: EpisodesJob, pipe: Connection) -> None:
     """Run a job's episodes; send a list of Asked, receive chunks; at last send results and frames."""
     robot_file = RobotFile.load(share_path("config/robots/sim_aloha.yaml"))
@@ -76,6 +91,7 @@ def _episodes(job: EpisodesJob, pipe: Connection) -> None:
     first = sample_scene(np.random.default_rng(0), job.scenes)
     robots = [SimRobot(first) for _ in range(min(job.at_once, len(waiting)))]
     running: list[Episode | None] = [_episode(job, robot, robot_file, waiting.pop(0)) for robot in robots]
+    switches: dict[int, int] = {}  # place -> prompts since the first
     while True:
         asked: list[tuple[int, Asked]] = []
         for place, episode in enumerate(running):
@@ -83,7 +99,11 @@ def _episodes(job: EpisodesJob, pipe: Connection) -> None:
                 seen = episode.observe()
                 if seen is not None:
                     break
-                results.append(episode.result)
+                if place not in switches:
+                    results.append(episode.result)
+                if job.label and _switched(episode, switches, place):
+                    continue
+                switches.pop(place, None)
                 episode = _episode(job, robots[place], robot_file, waiting.pop(0)) if waiting else None
                 running[place] = episode
             if episode is None:

@@ -4,8 +4,9 @@ It is Markov: no clock and no memory besides the set-points themselves, so that 
 state, also in one that a policy got into, and its answer is a function of what a camera sees. The phases
 follow from the tip and the gripper:
 
+* another cube in the hand: put it down where it is, open;
 * away from the cube: open the gripper, go to the cube along a funnel (the height that is allowed grows
-  with the horizontal distance, so that the hand arrives from above);
+  with the horizontal distance, so that the hand arrives from above), straight up first where it is low;
 * at the cube, gripper open: close;
 * at the cube, gripper closed on it: lift straight up.
 
@@ -38,7 +39,8 @@ class ExpertSettings:
     """Lengths in m, angles in rad, times in s.
 
     travel: height of the tip above the grasp while it travels. slope: metres of height that each metre
-    of horizontal distance beyond ``aligned`` allows.
+    of horizontal distance beyond ``aligned`` allows. aside, clearance: further than this from the cube, the
+    tip rises to this above the grasp before it goes sideways.
     """
 
     pitch: float = 1.4
@@ -57,6 +59,9 @@ class ExpertSettings:
     lift_speed: float = 0.12
     gain: float = 0.25
     gripper_rate: float = 0.1
+    aside: float = 0.04
+    clearance: float = 0.03
+    put_down_speed: float = 0.2
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class ExpertState:
     """B states. set_points, joints: float64 [B, 14]; tip: [B, 3]; cube: [B, 3] centre; half: [B].
 
     half: half the cube's extent between the fingers, more than half an edge where it is turned (m).
+    other: the same of another cube that is between the fingers, 0 where there is none.
     """
 
     set_points: Array
@@ -71,6 +77,7 @@ class ExpertState:
     tip: Array
     cube: Array
     half: Array
+    other: Array
 
 
 SETTINGS = ExpertSettings()
@@ -80,6 +87,12 @@ def held(state: ExpertState, settings: ExpertSettings = SETTINGS) -> NDArray[np.
     """Whether the gripper has closed on the cube, bool [B]."""
     closed_on = state.half + settings.finger_offset + settings.grip_slack
     return at_cube(state, settings) & (state.joints[:, 13] < closed_on)
+
+
+def holds_other(state: ExpertState, settings: ExpertSettings = SETTINGS) -> NDArray[np.bool_]:
+    """Whether the gripper has closed on another cube than the one asked for, bool [B]."""
+    closed_on = state.other + settings.finger_offset + settings.grip_slack
+    return (state.other > 0) & (state.joints[:, 13] < closed_on) & ~at_cube(state, settings)
 
 
 def at_cube(state: ExpertState, settings: ExpertSettings = SETTINGS) -> NDArray[np.bool_]:
@@ -107,6 +120,19 @@ def next_set_points(state: ExpertState, settings: ExpertSettings = SETTINGS) -> 
     up = np.minimum(commanded_tip[:, 2] + settings.lift_speed * PERIOD / settings.gain, settings.lift)
     lifted = np.concatenate([commanded_tip[:, :2], up[:, None]], axis=1)
     goal = np.where(has[:, None], lifted, goal)
+    # Low beside another place: rise before going sideways, or the fingers would sweep the table.
+    low = (away > settings.aside) & (state.tip[:, 2] < settings.grasp_height + settings.clearance)
+    risen = np.concatenate(
+        [commanded_tip[:, :2], (commanded_tip[:, 2] + settings.clearance)[:, None]], axis=1
+    )
+    goal = np.where((low & ~at)[:, None], risen, goal)
+    burdened = holds_other(state, settings)
+    down = np.maximum(
+        commanded_tip[:, 2] - settings.put_down_speed * PERIOD / settings.gain, settings.grasp_height
+    )
+    put_down = np.concatenate([commanded_tip[:, :2], down[:, None]], axis=1)
+    goal = np.where(burdened[:, None], put_down, goal)
+    at = at | (burdened & (state.tip[:, 2] > settings.grasp_height + settings.at_cube_z))
 
     following = state.set_points.copy()
     following[:, 7:13] = arm + _bounded(arm_to(goal, settings.pitch) - arm, settings)
@@ -144,8 +170,12 @@ def _advance(state: ExpertState, set_points: Array, settings: ExpertSettings) ->
     joints = state.joints + (set_points - state.joints) / (1.0 + np.tile(LAG, 2))
     blocked = np.maximum(joints[:, 13], state.half + settings.finger_offset)
     joints[:, 13] = np.where(at_cube(state, settings), blocked, joints[:, 13])
+    blocked = np.maximum(joints[:, 13], state.other + settings.finger_offset)
+    joints[:, 13] = np.where(state.other > 0, blocked, joints[:, 13])
     # The measured tip differs from the joints' own where the rolls are not zero: carry the difference.
     tip = state.tip + tip_of(joints[:, 7:13]) - tip_of(state.joints[:, 7:13])
     has = held(state, settings)
     cube = np.where(has[:, None], state.cube + tip - state.tip, state.cube)
-    return ExpertState(set_points, joints, tip, cube, state.half)
+    # Another cube leaves the hand when the fingers have let it go and the hand has moved on.
+    stays = holds_other(state, settings) | (np.abs(tip - state.tip).max(axis=-1) < 1e-3)
+    return ExpertState(set_points, joints, tip, cube, state.half, np.where(stays, state.other, 0.0))

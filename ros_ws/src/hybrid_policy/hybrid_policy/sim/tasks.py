@@ -33,6 +33,7 @@ DISTRACTORS = ("green", "yellow")
 #: A lifted cube is in the hand: a cube that was thrown up does not count (m, tip to centre).
 IN_HAND = 0.06
 
+_IN_FINGERS = 0.025  # from the tip to the centre of a cube that the fingers enclose (m)
 _STEPS = round(PERIOD / TIME_STEP)
 _APART = 0.075  # between two cubes' centres: room for an open gripper (m)
 
@@ -143,15 +144,25 @@ def expert_state(robot: SimRobot, target: str | None = None) -> ExpertState:
     """The robot's state as the expert asks for it (one row), for the scene's cube of colour ``target``."""
     target = robot.scene.target if target is None else target
     index = next(i for i, cube in enumerate(robot.scene.cubes) if cube.colour == target)
-    turned = robot.cube_yaw(index) - robot.positions[7]
-    extent = robot.scene.cubes[index].half * (abs(np.cos(turned)) + abs(np.sin(turned)))
+    tip = robot.tip
+    other = 0.0
+    for i in range(len(robot.scene.cubes)):
+        if i != index and np.linalg.norm(robot.cube_position(i) - tip) < _IN_FINGERS:
+            other = _extent(robot, i)
     return ExpertState(
         set_points=robot.set_points[None],
         joints=robot.positions[None],
-        tip=robot.tip[None],
+        tip=tip[None],
         cube=robot.cube_position(index)[None],
-        half=np.array([extent]),
+        half=np.array([_extent(robot, index)]),
+        other=np.array([other]),
     )
+
+
+def _extent(robot: SimRobot, index: int) -> float:
+    """Half a cube's extent between the fingers (m): more than half an edge where it is turned."""
+    turned = robot.cube_yaw(index) - robot.positions[7]
+    return float(robot.scene.cubes[index].half * (abs(np.cos(turned)) + abs(np.sin(turned))))
 
 
 def run_expert(robot: SimRobot, limit: float = 8.0) -> tuple[Verdict, float]:
