@@ -46,13 +46,18 @@ class Output(Protocol):
     def flush(self) -> None:
         """Wait, a moment at most, until what was sent has been received."""
 
+    def close(self) -> None:
+        """Take the topics back."""
+
 
 class TrajectoryOutput:
     """Chunks as trajectory_msgs/JointTrajectory; the message objects are made once."""
 
     def __init__(self, node: Node, robot: RobotFile, topic: str, horizon: int) -> None:
         self.topic = topic
+        self._node = node
         self._publisher = node.create_publisher(JointTrajectory, topic, QoSProfile(depth=5))
+        self._publishers = [self._publisher]
         self._message = JointTrajectory(joint_names=list(robot.command_names))
         self._points = [JointTrajectoryPoint() for _ in range(horizon)]
         still = JointTrajectoryPoint(velocities=[0.0] * len(robot.command_names))
@@ -87,6 +92,11 @@ class TrajectoryOutput:
         """Wait until subscribers have the last message, at most 0.2 s."""
         self._publisher.wait_for_all_acked(Duration(seconds=0.2))
 
+    def close(self) -> None:
+        """Destroy the publishers."""
+        for publisher in self._publishers:
+            self._node.destroy_publisher(publisher)
+
 
 class PositionOutput:
     """Ticks as std_msgs/Float64MultiArray; the gripper's joints on their own topic if the file says so."""
@@ -97,10 +107,13 @@ class PositionOutput:
         names = robot.command_names
         self._main = [i for i, name in enumerate(names) if name not in gripper]
         self._grip = [names.index(name) for name in gripper]
+        self._node = node
         self._publisher = node.create_publisher(Float64MultiArray, topic, QoSProfile(depth=1))
+        self._publishers = [self._publisher]
         self._gripper: Any = None
         if gripper:
             self._gripper = node.create_publisher(Float64MultiArray, gripper_topic, QoSProfile(depth=1))
+            self._publishers.append(self._gripper)
 
     def chunk(self, trajectory: Trajectory) -> None:
         """Nothing: the ticks carry it."""
@@ -123,18 +136,26 @@ class PositionOutput:
         """Wait until subscribers have the last message, at most 0.2 s."""
         self._publisher.wait_for_all_acked(Duration(seconds=0.2))
 
+    def close(self) -> None:
+        """Destroy the publishers."""
+        for publisher in self._publishers:
+            self._node.destroy_publisher(publisher)
+
 
 class TwistOutput:
     """Ticks as geometry_msgs/TwistStamped in the robot file's frame; the gripper on its own topic."""
 
     def __init__(self, node: Node, robot: RobotFile, topic: str, gripper_topic: str) -> None:
         self.topic = topic
+        self._node = node
         self._publisher = node.create_publisher(TwistStamped, topic, QoSProfile(depth=1))
+        self._publishers = [self._publisher]
         self._message = TwistStamped()
         self._message.header.frame_id = robot.command.frame
         self._gripper: Any = None
         if "gripper" in robot.command_names:
             self._gripper = node.create_publisher(Float64MultiArray, gripper_topic, QoSProfile(depth=1))
+            self._publishers.append(self._gripper)
 
     def chunk(self, trajectory: Trajectory) -> None:
         """Nothing: the ticks carry it."""
@@ -163,6 +184,11 @@ class TwistOutput:
     def flush(self) -> None:
         """Wait until subscribers have the last message, at most 0.2 s."""
         self._publisher.wait_for_all_acked(Duration(seconds=0.2))
+
+    def close(self) -> None:
+        """Destroy the publishers."""
+        for publisher in self._publishers:
+            self._node.destroy_publisher(publisher)
 
 
 def make_output(node: Node, robot: RobotFile, horizon: int, preview: bool) -> Output:

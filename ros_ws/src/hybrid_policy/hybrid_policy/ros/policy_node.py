@@ -220,6 +220,7 @@ class PolicyNode(LifecycleNode):
         self._stop_loop(reason)
         if self._inputs is not None:
             self._inputs.close()
+            self._output.close()
             self._inputs = None
         for engine in (self._policy, self._shadow.policy if self._shadow is not None else None):
             if engine is not None and hasattr(engine, "close"):

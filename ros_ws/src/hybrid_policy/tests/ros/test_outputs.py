@@ -166,6 +166,53 @@ def test_shadow_check_warns_and_switches(tmp_path: Path) -> None:
         rig.close()
 
 
+def test_every_transition(tmp_path: Path) -> None:
+    from lifecycle_msgs.msg import Transition
+    from lifecycle_msgs.srv import ChangeState, GetState
+
+    rig = Rig(tmp_path)
+    clients = {
+        kind: rig.node.create_client(kind, f"/policy_node/{name}")
+        for kind, name in ((ChangeState, "change_state"), (GetState, "get_state"))
+    }
+
+    def ask(kind: Any, request: Any) -> Any:
+        assert clients[kind].wait_for_service(timeout_sec=20.0)
+        future = clients[kind].call_async(request)
+        rig.wait(future.done, "an answer")
+        return future.result()
+
+    def go(transition: int) -> bool:
+        return bool(ask(ChangeState, ChangeState.Request(transition=Transition(id=transition))).success)
+
+    def state() -> str:
+        return str(ask(GetState, GetState.Request()).current_state.label)
+
+    try:
+        node = NodeUnderTest(rig, autostart=False)
+        assert state() == "unconfigured"
+        for _ in range(2):  # the second time from the start again
+            assert go(Transition.TRANSITION_CONFIGURE)
+            assert state() == "inactive"
+            assert go(Transition.TRANSITION_ACTIVATE)
+            rig.wait_running()
+            began = time.monotonic()
+            assert go(Transition.TRANSITION_DEACTIVATE)
+            hold_time, _ = rig.wait(lambda began=began: rig.holds(began), "a hold")[0]
+            time.sleep(0.3)
+            assert rig.chunks(hold_time + 0.05) == []
+            assert go(Transition.TRANSITION_CLEANUP)
+            assert state() == "unconfigured"
+        rig.file.write_text(rig.file.read_text().replace("max: 1.0", "max: up"))
+        assert not go(Transition.TRANSITION_CONFIGURE)
+        assert state() == "unconfigured"
+        rig.wait(lambda: "joints[0].max: 'up' given" in rig.heard.status, "what is wrong, in the status")
+        assert node.end() == 0
+        assert "Traceback" not in node.text()
+    finally:
+        rig.close()
+
+
 def test_urdf_limits() -> None:
     joints = (Joint("shoulder"), Joint("elbow", min=0.0, max_velocity=1.0))
     filled = urdf_limits(URDF, joints)
