@@ -281,6 +281,12 @@ def _lerobot(said: _Said) -> Pi05Config:
     )
 
 
+def _openpi_cameras(dims: _Table) -> tuple[str, ...]:
+    """openpi's names, as many as dims.json counts; none of them where it counts more than there are."""
+    count = dims.integer("cameras", len(OPENPI_CAMERAS)) if type(dims.values.get("cameras")) is int else 3
+    return OPENPI_CAMERAS[:count] if count <= len(OPENPI_CAMERAS) else ()
+
+
 def _openpi(said: _Said, asset_id: str | None) -> Pi05Config:
     config, dims = said.config, said.dims
     kind = _kind(said.shapes)
@@ -302,7 +308,7 @@ def _openpi(said: _Said, asset_id: str | None) -> Pi05Config:
     return Pi05Config(
         **said.common(kind),
         image_size=dims.integer("image", 224),
-        cameras=_cameras(dims, known.cameras if known else OPENPI_CAMERAS),
+        cameras=_cameras(dims, known.cameras if known else _openpi_cameras(dims)),
         max_action_dim=max_dim,
         action_dim=dims.integer("action_dof", known.action_dim if known else max_dim),
         max_state_dim=max_dim,

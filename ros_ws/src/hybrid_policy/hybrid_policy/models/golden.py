@@ -4,6 +4,8 @@ A ``golden.safetensors`` holds, for each case ``<c>``: ``<c>.noise`` [B, H, A], 
 ``<c>.observation.images.<camera>`` (float in [0, 1] or uint8; channels first or last; any size),
 ``<c>.observation.language.tokens`` and ``.attention_mask`` [B, L]; for pi0 also ``<c>.observation.state``
 (normalised); and, where it is not the checkpoint's, ``<c>.steps``. A camera that a case lacks is absent.
+Short names work too: ``images.<camera>``, ``tokens``, ``mask``, ``state``, and openpi's ``tokenized_prompt``,
+``tokenized_prompt_mask``.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from hybrid_policy.errors import InputError
 from hybrid_policy.models.config import Pi05Config
 from hybrid_policy.models.tensor_files import TensorFile
 
-TOKENS = "observation.language.tokens"
-MASK = "observation.language.attention_mask"
-STATE = "observation.state"
+TOKENS = ("observation.language.tokens", "tokens", "tokenized_prompt")
+MASK = ("observation.language.attention_mask", "mask", "attention_mask", "tokenized_prompt_mask")
+STATE = ("observation.state", "state")
+IMAGES = ("observation.images.", "observation.", "images.", "image.")
+STEPS = ("steps", "num_steps")
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,15 @@ class _Reader:
     start: str
     config: Pi05Config
 
-    def take(self, name: str) -> Tensor:
-        if self.start + name not in self.file.infos:
-            raise InputError(f"{self.path}: {self.start + name}: missing")
-        return self.file.read(self.start + name).clone()
+    def find(self, names: tuple[str, ...]) -> str | None:
+        """The first of some names that the case has."""
+        return next((name for name in names if self.start + name in self.file.infos), None)
+
+    def take(self, *names: str) -> Tensor:
+        found = self.find(names)
+        if found is None:
+            raise InputError(f"{self.path}: {self.start + names[0]}: missing")
+        return self.file.read(self.start + found).clone()
 
     def error(self, name: str, tensor: Tensor, expected: str) -> InputError:
         given = f"{tensor.dtype} {tuple(tensor.shape)}"
@@ -88,11 +97,11 @@ class _Reader:
         batch = noise.shape[0]
         if actions.ndim != 3 or actions.shape[:2] != noise.shape[:2] or actions.shape[2] > noise.shape[2]:
             raise self.error("actions", actions, f"[{batch}, {config.horizon}, at most {noise.shape[2]}]")
-        tokens, mask = self.take(TOKENS).long(), self.take(MASK).bool()
+        tokens, mask = self.take(*TOKENS).long(), self.take(*MASK).bool()
         if tokens.ndim != 2 or tokens.shape[0] != batch or mask.shape != tokens.shape:
-            raise self.error(TOKENS, tokens, f"[{batch}, L], and a mask of the same shape")
+            raise self.error(TOKENS[0], tokens, f"[{batch}, L], and a mask of the same shape")
         if int(tokens.max()) >= config.vocab_size or int(tokens.min()) < 0:
-            raise self.error(TOKENS, tokens, f"ids from 0 to {config.vocab_size - 1}")
+            raise self.error(TOKENS[0], tokens, f"ids from 0 to {config.vocab_size - 1}")
         images, present = self.images(batch)
         return GoldenCase(
             name=self.start.removesuffix(".") or "case",
@@ -107,20 +116,20 @@ class _Reader:
         )
 
     def steps(self) -> int:
-        for name in ("steps", "num_steps"):
-            if self.start + name in self.file.infos:
-                value = self.take(name).flatten()
-                if value.numel() != 1 or int(value) < 1:
-                    raise self.error(name, value, "one number of steps, at least 1")
-                return int(value)
-        return self.config.num_steps
+        name = self.find(STEPS)
+        if name is None:
+            return self.config.num_steps
+        value = self.take(name).flatten()
+        if value.numel() != 1 or value.is_floating_point() or not 1 <= int(value) <= 10_000:
+            raise self.error(name, value, "one whole number of steps, from 1 to 10000")
+        return int(value)
 
     def state(self, batch: int) -> Tensor | None:
         if self.config.kind != "pi0":
             return None
-        state = self.take(STATE).float()
+        state = self.take(*STATE).float()
         if state.ndim != 2 or state.shape[0] != batch or state.shape[1] > self.config.max_state_dim:
-            raise self.error(STATE, state, f"[{batch}, at most {self.config.max_state_dim}]")
+            raise self.error(STATE[0], state, f"[{batch}, at most {self.config.max_state_dim}]")
         return F.pad(state, (0, self.config.max_state_dim - state.shape[1]))
 
     def images(self, batch: int) -> tuple[Tensor, Tensor]:
@@ -128,9 +137,9 @@ class _Reader:
         images = torch.full((batch, len(config.cameras), 3, config.image_size, config.image_size), -1.0)
         present = torch.zeros(batch, len(config.cameras), dtype=torch.bool)
         for i, camera in enumerate(config.cameras):
-            for name in (f"observation.images.{camera}", f"observation.{camera}"):
-                if self.start + name in self.file.infos:
-                    images[:, i], present[:, i] = self.image(name, batch), True
+            name = self.find(tuple(start + camera for start in IMAGES))
+            if name is not None:
+                images[:, i], present[:, i] = self.image(name, batch), True
         if not bool(present.any()):
             raise InputError(
                 f"{self.path}: {self.start}observation.images.*: none of {', '.join(config.cameras)}"

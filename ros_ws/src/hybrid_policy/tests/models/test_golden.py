@@ -120,6 +120,12 @@ def test_golden_forms_that_other_writers_use(policy, tiny, tmp_path) -> None:
     save_file(one, tmp_path / "golden.safetensors")
     (case,) = read_golden(tmp_path / "golden.safetensors", policy.config)
     assert (sample(policy, case) - case.actions).abs().max() <= 1e-5
+    short = {k.removeprefix("observation.").removeprefix("language."): v for k, v in one.items()}
+    short["mask"] = short.pop("attention_mask")
+    save_file(short, tmp_path / "short.safetensors")
+    (again,) = read_golden(tmp_path / "short.safetensors", policy.config)
+    assert torch.equal(again.images, case.images)
+    assert torch.equal(again.token_mask, case.token_mask)
     del one["observation.images.cam1"]
     save_file(one, tmp_path / "golden.safetensors")
     (case,) = read_golden(tmp_path / "golden.safetensors", policy.config)
