@@ -15,7 +15,8 @@ from hybrid_policy.share import resolve
 sys.path.append(str(Path(__file__).parent))
 
 BAGS = Path(__file__).parent / "bags"
-G1 = Path(__file__).resolve().parents[5] / "shared" / "fixtures" / "g1_real"
+REPOSITORY = Path(__file__).resolve().parents[5]
+G1 = REPOSITORY.parent / "shared" / "fixtures" / "g1_real"
 T0 = 1_700_000_000_000_000_000
 
 
