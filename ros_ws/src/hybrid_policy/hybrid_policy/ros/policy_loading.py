@@ -61,6 +61,7 @@ def load_policy(
         mode=values["rtc.mode"] if values["chunking"] == "rtc" else "off",
         schedule=values["rtc.schedule"],
         beta=values["rtc.beta"],
+        prior_std=values["rtc.prior_std"],
     )
     checkpoint = find_checkpoint(values["checkpoint"])
     recipe_file = resolve(recipe, "config/recipes")
