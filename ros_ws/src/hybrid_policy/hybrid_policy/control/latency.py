@@ -84,7 +84,7 @@ class LatencySummary:
         for name, one in self.stages.items():
             lines.append(f"{name:<20}{one.p50:>9.2f}{one.p95:>9.2f}{one.p99:>9.2f}{one.max:>9.2f}")
         lines.append(
-            f"{self.chunks} chunks, {self.misses} deadlines missed, {self.refused} refused by the guard"
+            f"{self.chunks} chunks, {self.misses} deadlines missed, {self.refused} refused or discarded"
         )
         return "\n".join(lines)
 
