@@ -31,7 +31,7 @@ from hybrid_policy.models.pi05 import Pi05
 from hybrid_policy.models.processors import ModelInputs
 from hybrid_policy.runtime.cuda_backend import CudaBackend, row_buckets
 from hybrid_policy.runtime.device_weights import build_weights
-from hybrid_policy.runtime.loading import device_precisions
+from hybrid_policy.runtime.loading import choose_table, device_precisions
 from hybrid_policy.runtime.recipe import load_recipe
 from hybrid_policy.runtime.rtc import RealTimeChunking
 from hybrid_policy.runtime.sites import model_sites
@@ -144,11 +144,12 @@ class PlainModel:
 def make_backend(config, source, recipe_name, *, timing, stages="", tokens=None):
     recipe = load_recipe(recipe_name)
     precisions = device_precisions(recipe, model_sites(config), DEVICE)
-    table = parse_table(stages)
+    table = choose_table(OFF, recipe, config, precisions, DEVICE) if not stages else parse_table(stages)
+    print(f"  {table.describe()}")
     begin = time.perf_counter()
     with torch.inference_mode():
         weights = build_weights(
-            config, source, precisions, dtype=torch.bfloat16, fused_expert=table.expert == "fused"
+            config, source, precisions, dtype=torch.bfloat16, expert=table.expert, pdl=table.pdl
         )
         torch.cuda.synchronize()
         built = time.perf_counter()
@@ -294,13 +295,13 @@ def measure(config, source, recipe, case, tokens, views, expected, args) -> dict
     row |= {f"{name}_floor_ms": value * 1e3 for name, value in floors.items()}
     if args.profile:
         profile(backend, config, tokens)
-    weights = backend.model.weights
+    weights, table = backend.model.weights, backend.model.table
     backend.close()
     del backend
     free()
     recipe_file = load_recipe(recipe)
     one = CudaBackend(
-        weights, parse_table(args.stages), OFF, recipe_file.prefix_cache, name=recipe, timing=False,
+        weights, table, OFF, recipe_file.prefix_cache, name=recipe, timing=False,
         buckets=tuple(
             b for b in row_buckets(views, config.image_tokens, config.max_token_len)
             if b >= views * config.image_tokens + tokens

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hybrid_policy.kernels.norm import pdl_option
+from hybrid_policy.kernels.qkv import prefetch_l2
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,18 @@ def _flow_step_kernel(
     h_ptr, x_ptr, next_ptr, out_w_ptr, out_b_ptr, in_w_ptr, in_b_ptr, y_ptr, w_ptr, clean_ptr,
     scale_ptr, shift_ptr, t, dt, strength, eps,
     K: tl.constexpr, A: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
-    FIRST: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    FIRST: tl.constexpr, NORM: tl.constexpr, PROGRAMS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     a = tl.arange(0, BLOCK_A)
     inside = a < A
     if PDL:
+        # the loop's weights have pushed these two out of L2 since the last step
+        line = tl.arange(0, BLOCK_A)
+        for k0 in tl.static_range(0, K, 32 * PROGRAMS):
+            place = tl.where((line < A) & (k0 + row * 32 < K), k0 + row * 32 + line * K, 0)
+            prefetch_l2(out_w_ptr + place)
+            prefetch_l2(in_w_ptr + place)
         gdc_wait()
         gdc_launch_dependents()
     x = tl.load(x_ptr + row * A + a, mask=inside, other=0.0)
@@ -140,5 +147,5 @@ def flow_step(
         h, x, h_next, weights.out_weight, weights.out_bias, weights.in_weight, weights.in_bias,
         guide.target, guide.weights, guide.clean, scale, shift, t, dt, strength, eps,
         K=width, A=actions, BLOCK_A=triton.next_power_of_2(actions), BLOCK_K=min(256, triton.next_power_of_2(width)),
-        FIRST=first, NORM=norm is not None, PDL=pdl, num_warps=4, **pdl_option(pdl),
+        FIRST=first, NORM=norm is not None, PROGRAMS=rows, PDL=pdl, num_warps=4, **pdl_option(pdl),
     )  # fmt: skip

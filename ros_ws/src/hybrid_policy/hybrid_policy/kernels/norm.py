@@ -259,7 +259,7 @@ def geglu(
     _geglu_kernel[(rows, 1 if quantise else triton.cdiv(width, block))](
         gate_up, out, row_scale, out_scale, width,
         BLOCK=block, HAS_ROW=row_scale is not None, QUANTISE=quantise, PDL=pdl,
-        num_warps=16 if block > 8192 else max(1, min(8, block // 256)), **pdl_option(pdl),
+        num_warps=32 if block > 8192 else max(1, min(8, block // 256)), **pdl_option(pdl),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybrid_policy.kernels.expert import ExpertAttention
 from hybrid_policy.kernels.flow_step import Guide
 from hybrid_policy.kernels.gate_up import NormPrologue, PackedGateUp
 from hybrid_policy.kernels.qkv import rope_tables
@@ -65,7 +66,8 @@ class DeviceModel:
         self._times = times
         self._strengths = rtc.step_weights(np.asarray(times)).tolist()
         self._clean_rows = rtc.mode == "prefix"
-        if self._clean_rows and table.expert == "fused":
+        fused = table.expert != "split"
+        if self._clean_rows and fused:
             raise ValueError("fused expert stages have one modulation a launch; mode prefix needs expert=split")
         self._glue = {name: table.glue(name) for name in ("add_norm", "geglu", "quantise_rows", "rope_split", "flow_step")}
         self._attention: dict[tuple[int, int], object] = {}
@@ -78,7 +80,12 @@ class DeviceModel:
         self.x = torch.empty(config.horizon, config.max_action_dim, dtype=torch.float32, device=device)
         self.suffix_x = torch.empty(config.horizon, expert.width, dtype=torch.float32, device=device)
         self.suffix_h = torch.empty(config.horizon, expert.width, dtype=dtype, device=device)
-        self._fused_scale = weights.modulations.fused_scale() if table.expert == "fused" else None
+        self._fused_scale = weights.modulations.fused_scale() if fused else None
+        self._expert_attention: ExpertAttention | None = None
+        if table.expert == "cluster":
+            self._expert_attention = ExpertAttention(
+                config.horizon, expert.heads, expert.kv_heads, expert.head_dim, pdl=table.pdl
+            )
 
     # ---- vision ------------------------------------------------------------------------------------------
 
@@ -144,7 +151,7 @@ class DeviceModel:
 
     def run_denoise(self, inputs: Inputs) -> None:
         """Noise to actions in ``x``: all flow steps."""
-        fused = self.table.expert == "fused"
+        fused = self.table.expert != "split"
         step = self._glue["flow_step"]
         h = self.suffix_h if fused else self.suffix_x
         n = self.config.num_steps
@@ -154,12 +161,34 @@ class DeviceModel:
         modulations = self.weights.modulations
         for k, (t, strength) in enumerate(zip(self._times, self._strengths, strict=True)):
             if fused:
-                self._fused_step(k, inputs)
+                if self.table.expert == "cluster":
+                    self._cluster_step(k, inputs)
+                else:
+                    self._fused_step(k, inputs)
                 last = modulations.scale[-1, k, 0], modulations.shift[-1, k, 0]
                 step(h, self.x, h, *common, t, 1.0 / n, strength, norm=last)
             else:
                 normed = self._split_step(k, inputs)
                 step(normed, self.x, h, *common, t, 1.0 / n, strength)
+
+    def _cluster_step(self, k: int, inputs: Inputs) -> None:
+        config, m, h = self.config.expert, self.weights.modulations, self.suffix_h
+        assert self._fused_scale is not None
+        assert self._expert_attention is not None
+        q = torch.empty(self.config.horizon, config.heads, config.head_dim, dtype=h.dtype, device=self.device)
+        seen = torch.empty_like(q)
+        act = torch.empty(self.config.horizon, config.mlp_dim, dtype=h.dtype, device=self.device)
+        for i, layer in enumerate(self.weights.cluster):
+            first, second = 2 * i, 2 * i + 1
+            keys, values = self.keys[i], self.values[i]
+            layer.qkv(
+                h, q, factor=self._fused_scale[first, k], shift=layer.qkv_shift[k], caches=(keys, values),
+                tables=self.tables, start=inputs.valid,
+            )  # fmt: skip
+            self._expert_attention(q, keys, values, inputs.valid, seen)
+            layer.out(seen.flatten(1), h, gate=m.gate[first, k, 0])
+            layer.gate_up(h, act, factor=self._fused_scale[second, k], shift=layer.gate_up_shift[k])
+            layer.down(act, h, gate=m.gate[second, k, 0])
 
     def _fused_step(self, k: int, inputs: Inputs) -> None:
         config, m, h = self.config.expert, self.weights.modulations, self.suffix_h

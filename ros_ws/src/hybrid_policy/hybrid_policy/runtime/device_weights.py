@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybrid_policy.kernels import expert as expert_kernels
 from hybrid_policy.kernels.flow_step import FlowWeights
 from hybrid_policy.kernels.fp8 import FP8Tensor
 from hybrid_policy.kernels.gate_up import PackedGateUp, prepare_gate_up
@@ -71,6 +72,18 @@ class FusedLayer:
 
 
 @dataclass
+class ClusterLayer:
+    """One expert layer of expert.cu's launches; shifts as in `FusedLayer` (gate's and up's in one row)."""
+
+    qkv: expert_kernels.ExpertGemm
+    out: expert_kernels.ExpertGemm
+    gate_up: expert_kernels.ExpertGemm
+    down: expert_kernels.ExpertGemm
+    qkv_shift: Tensor
+    gate_up_shift: Tensor
+
+
+@dataclass
 class Modulations:
     """adaRMS of each norm: [sites, steps, 2, width]; row 0 at the step's time, row 1 at time 0 (given actions).
 
@@ -101,6 +114,7 @@ class DeviceWeights:
     prefix: list[GemmaLayer]
     expert: list[GemmaLayer]
     fused: list[FusedLayer]
+    cluster: list[ClusterLayer]
     modulations: Modulations
     flow: FlowWeights
     routes: dict[str, str] = field(default_factory=dict)
@@ -112,7 +126,8 @@ def build_weights(
     precisions: Mapping[str, str],
     *,
     dtype: torch.dtype,
-    fused_expert: bool,
+    expert: str,
+    pdl: bool = True,
     packed: Mapping[str, Packed] | None = None,
     report: Report = lambda _: None,
 ) -> DeviceWeights:
@@ -123,7 +138,8 @@ def build_weights(
         source: parameter name -> tensor, on the device.
         precisions: site -> precision.
         dtype: of activations: bfloat16 on a GPU, float32 where the plain stages run on a CPU.
-        fused_expert: pack the expert for fused launches instead of library GEMMs.
+        expert: ``cluster``, ``fused`` or ``split``: which launches the action expert is packed for.
+        pdl: the cluster launches may start before their predecessor ends.
         packed: sites that the checkpoint brings quantised.
     """
     packer = _Packer(source, precisions, packed or {}, dtype, report)
@@ -137,14 +153,17 @@ def build_weights(
     ]
     modulations = _modulations(config, source)
     report("modulations")
-    expert: list[GemmaLayer] = []
+    split: list[GemmaLayer] = []
     fused: list[FusedLayer] = []
+    cluster: list[ClusterLayer] = []
     for i in range(config.expert.depth):
         stem = f"{EXPERT}layers.{i}."
-        if fused_expert:
+        if expert == "cluster":
+            cluster.append(_cluster_layer(packer, stem, config, modulations, i, pdl))
+        elif expert == "fused":
             fused.append(_fused_layer(packer, stem, config.expert, modulations, i))
         else:
-            expert.append(_gemma_layer(packer, source, stem, config.expert, last=False))
+            split.append(_gemma_layer(packer, source, stem, config.expert, last=False))
     return DeviceWeights(
         config=config,
         dtype=dtype,
@@ -155,8 +174,9 @@ def build_weights(
         projector=Projection([packer.one(PROJECTOR[:-1])], dtype, source(PROJECTOR + "bias")),
         embedding=source(PREFIX + "embed_tokens.weight").to(dtype),
         prefix=prefix,
-        expert=expert,
+        expert=split,
         fused=fused,
+        cluster=cluster,
         modulations=modulations,
         flow=FlowWeights(
             out_weight=source("action_out_proj.weight").float().contiguous(),
@@ -287,6 +307,27 @@ def _fused_layer(
     return FusedLayer(
         qkv, out, gate_up, down, qkv.shift_rows(shift1).contiguous(), gate_shift.contiguous(), up_shift.contiguous()
     )
+
+
+def _cluster_layer(
+    packer: _Packer, stem: str, config: Pi05Config, modulations: Modulations, index: int, pdl: bool
+) -> ClusterLayer:
+    attention, mlp, gemma = stem + "self_attn.", stem + "mlp.", config.expert
+
+    def gemm(epilogue: int, *sites: str) -> expert_kernels.ExpertGemm:
+        heads = (gemma.heads, gemma.kv_heads, gemma.head_dim)
+        return expert_kernels.ExpertGemm(packer.many(*sites), epilogue, config.horizon, heads=heads, pdl=pdl)
+
+    qkv = gemm(expert_kernels.QKV, *(attention + leaf for leaf in ("q_proj", "k_proj", "v_proj")))
+    out = gemm(expert_kernels.RESIDUAL, attention + "o_proj")
+    gate_up = gemm(expert_kernels.GEGLU, mlp + "gate_proj", mlp + "up_proj")
+    down = gemm(expert_kernels.RESIDUAL, mlp + "down_proj")
+    shift1, shift2 = modulations.shift[2 * index, :, 0], modulations.shift[2 * index + 1, :, 0]
+    layer = ClusterLayer(qkv, out, gate_up, down, qkv.shift_rows(shift1), gate_up.shift_rows(shift2))
+    for name, product in (("qkv", qkv), ("o", out), ("gate_up", gate_up), ("down", down)):
+        product.forget_source()
+        packer.note(f"expert.{name}", product.route)
+    return layer
 
 
 def _modulations(config: Pi05Config, source: Source) -> Modulations:

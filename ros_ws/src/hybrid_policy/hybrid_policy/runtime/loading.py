@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from hybrid_policy.errors import InputError
+from hybrid_policy.kernels import expert as expert_kernels
 from hybrid_policy.models.checkpoint import Checkpoint
-from hybrid_policy.models.pi05 import Pi05, keeps_float32
+from hybrid_policy.models.config import Pi05Config
+from hybrid_policy.models.pi05 import EXPERT, Pi05, keeps_float32
 from hybrid_policy.runtime.backend import Backend
 from hybrid_policy.runtime.quantized_checkpoint import quantised_sites, read_packed
 from hybrid_policy.runtime.recipe import Recipe
@@ -40,11 +42,12 @@ def progress_bar(show: bool, total: int, title: str) -> Iterator[Progress]:
     if not show:
         yield Progress()
         return
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Bar(*columns, transient=True) as bar:
+    with Bar(*columns, transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total)
         yield Progress(lambda text: bar.update(task, advance=1, description=f"{title}: {text}"))
 
@@ -92,7 +95,7 @@ def load_cuda(
     config = checkpoint.config
     sites = model_sites(config)
     precisions = device_precisions(recipe, sites, device)
-    table = choose_table(rtc)
+    table = choose_table(rtc, recipe, config, precisions, device)
     packed, _ = read_packed(checkpoint.store, quantised_sites(checkpoint.directory), device)
     buckets = row_buckets(len(config.cameras), config.image_tokens, config.max_token_len)
     with progress_bar(progress, len(sites) + 1 + len(buckets), "loading") as bar, torch.inference_mode():
@@ -105,7 +108,8 @@ def load_cuda(
             source,
             precisions,
             dtype=torch.bfloat16,
-            fused_expert=table.expert == "fused",
+            expert=table.expert,
+            pdl=table.pdl,
             packed=packed,
             report=bar.step,
         )
@@ -151,12 +155,37 @@ def device_precisions(recipe: Recipe, sites: dict[str, tuple[int, int]], device:
     return precisions
 
 
-def choose_table(rtc: RealTimeChunking) -> StageTable:
-    """The stages' implementations: fused kernels, except where real-time chunking needs a modulation a row.
+def choose_table(
+    rtc: RealTimeChunking, recipe: Recipe, config: Pi05Config, precisions: dict[str, str], device: torch.device
+) -> StageTable:
+    """The stages' implementations: expert.cu's clusters where device, shapes, precisions and cache allow them, else
+    Triton's fused kernels; split stages where real-time chunking needs a modulation a row.
 
     The variable HYBRID_POLICY_STAGES overrides single stages (see `stages.parse_table`), for comparisons.
     """
-    table = parse_table(os.environ.get("HYBRID_POLICY_STAGES", ""))
-    if rtc.mode == "prefix" and table.expert == "fused":
-        table = dataclasses.replace(table, expert="split")
-    return table
+    text = os.environ.get("HYBRID_POLICY_STAGES", "")
+    table = parse_table(text)
+    if rtc.mode == "prefix":
+        return dataclasses.replace(table, expert="split")
+    if table.expert != "cluster" or "expert=" in text:
+        return table
+    gemma = config.expert
+    stem = EXPERT + "layers.0."
+    formats = {
+        "qkv": precisions[stem + "self_attn.q_proj"],
+        "o": precisions[stem + "self_attn.o_proj"],
+        "gate_up": precisions[stem + "mlp.gate_proj"],
+        "down": precisions[stem + "mlp.down_proj"],
+    }
+    known = {"bf16": "bf16", "fp8_w8a8": "e4m3", "nvfp4_w4a16": "nvfp4"}
+    served = recipe.prefix_cache == "bf16" and all(p in known for p in formats.values())
+    if served and expert_kernels.fits_device(
+        device,
+        config.horizon,
+        gemma.width,
+        gemma.mlp_dim,
+        (gemma.heads, gemma.kv_heads, gemma.head_dim),
+        {name: known[p] for name, p in formats.items()},
+    ):
+        return table
+    return dataclasses.replace(table, expert="fused")

@@ -83,7 +83,8 @@ def _device(weight: Packed) -> torch.device:
 def _stack_fp8(weights: Sequence[FP8Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Values, one scale, and column factors where the scales differ (exact: they multiply the product)."""
     values = torch.cat([w.values.view(torch.uint8) for w in weights]).view(torch.float8_e4m3fn)
-    if len(weights) == 1 and weights[0].scale.ndim == 0:
-        return values, weights[0].scale.clone(), None
+    scales = [w.scale for w in weights]
+    if all(s.ndim == 0 for s in scales) and bool((torch.stack(scales) == scales[0]).all()):
+        return values, scales[0].clone(), None
     columns = torch.cat([w.scale.expand(w.shape[0]) for w in weights])
     return values, torch.ones((), device=values.device), columns

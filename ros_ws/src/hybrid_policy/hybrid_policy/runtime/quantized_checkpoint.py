@@ -129,7 +129,8 @@ def site_tensors(site: str, weight: Packed, input_scale: Tensor | None = None) -
         held = {"weight": weight}
     if input_scale is not None:
         held["input_scale"] = input_scale
-    return {f"{site}.{leaf}": tensor.cpu().contiguous() for leaf, tensor in held.items()}
+    # cloned: gate and up share one tensor in memory, and the format allows no sharing
+    return {f"{site}.{leaf}": tensor.cpu().contiguous().clone() for leaf, tensor in held.items()}
 
 
 def write_quantised(

@@ -40,13 +40,14 @@ def quantisable(site: str) -> bool:
     return not site.endswith("layernorm.dense") and not site.endswith("norm.dense") and "." in site
 
 
-def siblings(site: str) -> tuple[str, str] | None:
-    """(gate, up) of an MLP for either of them: they share one NVFP4 global scale."""
-    for leaf in (".gate_proj", ".up_proj"):
-        if site.endswith(leaf):
-            stem = site.removesuffix(leaf)
-            return stem + ".gate_proj", stem + ".up_proj"
-    return None
+#: sites that one product serves: they share a tensor scale, so that none is left to apply to columns
+_STACKED = (("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj"))
+
+
+def siblings(site: str) -> tuple[str, ...] | None:
+    """The sites that share one product with this one, itself among them: gate and up, or q, k and v."""
+    stem, _, leaf = site.rpartition(".")
+    return next((tuple(f"{stem}.{name}" for name in names) for names in _STACKED if leaf in names), None)
 
 
 def pack(
@@ -62,7 +63,10 @@ def pack(
     if precision == "bf16":
         return weight.to(torch.bfloat16)
     if precision == "fp8_w8a8":
-        return fp8.quantize(weight, per_row=False)
+        if global_scale is None:
+            return fp8.quantize(weight, per_row=False)
+        scale = global_scale.to(weight.device, torch.float32)
+        return fp8.FP8Tensor(fp8.encode_e4m3(weight.float() / scale), scale.clone())
     return nvfp4.quantize(weight, global_scale=global_scale, importance=importance)
 
 
@@ -81,19 +85,27 @@ def pack_sites(
         importance: site -> float32 [K], mean square of its inputs over calibration observations.
     """
     held = packed or {}
-    shared: dict[tuple[str, str], Tensor] = {}
+    shared: dict[tuple[str, ...], Tensor] = {}
     for site, precision in precisions.items():
         if site in held:
             yield site, _expect(site, held[site], precision)
             continue
         weight = read(site)
         pair = siblings(site)
-        if pair is not None and precision.startswith("nvfp4") and pair not in shared:
-            # before the first of the two is given away: the caller may replace it
-            other = read(pair[1] if site == pair[0] else pair[0])
-            shared[pair] = torch.maximum(nvfp4.global_scale_of(weight), nvfp4.global_scale_of(other))
+        if pair is not None and pair not in shared and precision not in ("float32", "bf16"):
+            # before the first of them is given away: the caller may replace it
+            rule = nvfp4.global_scale_of if precision.startswith("nvfp4") else _fp8_scale_of
+            shared[pair] = torch.stack([rule(weight if s == site else read(s)) for s in pair]).amax()
         scale = shared.get(pair) if pair is not None else None
         yield site, pack(weight, precision, global_scale=scale, importance=(importance or {}).get(site))
+
+
+def _fp8_scale_of(weight: Tensor) -> Tensor:
+    """amax / 448, of a finite weight."""
+    if not torch.isfinite(weight).all():
+        raise InputError("fp8: a weight that is not finite given, expected finite values")
+    amax = weight.abs().amax().float()
+    return torch.where(amax > 0, amax / 448.0, torch.ones_like(amax))
 
 
 def _expect(site: str, weight: Packed, precision: str) -> Packed:

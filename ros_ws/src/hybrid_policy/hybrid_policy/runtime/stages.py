@@ -27,7 +27,8 @@ STAGES = (*GLUE, "attention", "expert")
 
 @dataclass(frozen=True)
 class StageTable:
-    """stage -> implementation. ``expert`` is ``fused`` (one launch a projection) or ``split`` (norm, GEMM, glue).
+    """stage -> implementation. ``expert`` is ``cluster`` (expert.cu), ``fused`` (Triton, one launch a projection) or
+    ``split`` (norm, GEMM, glue).
 
     pdl: kernels may start before their predecessor ends (programmatic dependent launch).
     """
@@ -38,7 +39,7 @@ class StageTable:
     rope_split: Implementation = "kernel"
     flow_step: Implementation = "kernel"
     attention: Implementation = "kernel"
-    expert: Literal["fused", "split"] = "fused"
+    expert: Literal["cluster", "fused", "split"] = "cluster"
     pdl: bool = True
 
     def glue(self, stage: str) -> Callable[..., None]:
@@ -83,7 +84,7 @@ def parse_table(text: str) -> StageTable:
     changes: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
-        allowed = ("fused", "split") if name == "expert" else ("on", "off") if name == "pdl" else ("reference", "kernel")
+        allowed = ("cluster", "fused", "split") if name == "expert" else ("on", "off") if name == "pdl" else ("reference", "kernel")
         if name not in (*STAGES, "pdl") or value not in allowed:
             raise InputError.at("stages", name, value, f"{', '.join(STAGES)} or pdl, with {' or '.join(allowed)}")
         changes[name] = value == "on" if name == "pdl" else value

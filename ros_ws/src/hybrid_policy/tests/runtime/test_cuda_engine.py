@@ -109,3 +109,54 @@ def test_real_time_chunking_agrees_with_the_cpu(mode):
     free, _ = Engine.from_checkpoint(GOLDEN, "float32", "cpu", rtc=rtc).run(inputs, noise)
     assert relative(on_device.run(inputs, noise)[0], free) < 2e-2
     assert relative(expected, free) > 0.05
+
+
+@pytest.fixture(scope="module")
+def middle(tmp_path_factory):
+    """A policy small enough for the CPU whose sizes the full model's kernels take."""
+    from hybrid_policy.models.config import GemmaConfig, Pi05Config, VisionConfig
+    from hybrid_policy.runtime.random_policy import random_checkpoint
+
+    config = Pi05Config(
+        vision=VisionConfig(width=128, depth=2, mlp_dim=256, heads=2, patch=14),
+        prefix=GemmaConfig(512, 3, 1024, 4, 1, 256),
+        expert=GemmaConfig(512, 3, 1024, 4, 1, 256),
+        vocab_size=512,
+        image_size=56,
+        cameras=("a", "b"),
+        horizon=50,
+        max_token_len=64,
+        num_steps=4,
+    )
+    return random_checkpoint(
+        tmp_path_factory.mktemp("middle"),
+        cameras=("a", "b"),
+        state_range=[(-1, 1)] * 32,
+        action_range=[(-1, 1)] * 32,
+        config=config,
+    )
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "seed", "fp8", "h100"])
+@pytest.mark.parametrize("table", ["", "expert=fused", "expert=split"])
+def test_expert_kernels_agree_with_the_cpu_reference(middle, monkeypatch, recipe, table):
+    from hybrid_policy.models.processors import ModelInputs
+
+    monkeypatch.setenv("HYBRID_POLICY_STAGES", table)
+    random = np.random.default_rng(0)
+    inputs = ModelInputs(
+        images=random.integers(0, 256, (2, 56, 56, 3), dtype=np.uint8),
+        image_mask=np.ones(2, np.bool_),
+        tokens=random.integers(1, 256, 64),
+        token_count=37,
+        state=np.zeros(32, np.float32),
+        prompt="",
+    )
+    noise = random.standard_normal((50, 32), dtype=np.float32)
+    expected, _ = Engine.from_checkpoint(middle, recipe, "cpu", rtc=OFF).run(inputs, noise)
+    on_device = Engine.from_checkpoint(middle, recipe, "cuda", rtc=OFF)
+    if table == "":
+        assert "expert cluster" in on_device.description
+    result, _ = on_device.run(inputs, noise)
+    assert relative(result, expected) < (1e-2 if recipe == "bf16" else 4e-2)
+    np.testing.assert_array_equal(on_device.run(inputs, noise)[0], result)

@@ -26,7 +26,7 @@ def build(recipe="bf16", rtc=None, views=2):
 
     if recipe == "bf16":  # float32 weights through the bf16 route: the launches alone are under test
         precisions = dict.fromkeys(precisions, "float32")
-    weights = build_weights(checkpoint.config, source, precisions, dtype=torch.float32, fused_expert=False)
+    weights = build_weights(checkpoint.config, source, precisions, dtype=torch.float32, expert="split")
     return DeviceModel(weights, plain_table(), rtc or RealTimeChunking("off"), torch.float32, views)
 
 

@@ -1,0 +1,593 @@
+// The action expert's layer for few tokens: four matrix products and attention, each one launch.
+//
+// A product's weights do not depend on the kernel before it, so each block copies its slice of W to shared memory
+// before griddepcontrol.wait. The blocks of a cluster share a tile of rows and cut K between them: each reads only
+// its part of the activations, and the partial sums meet through distributed shared memory, in a fixed order.
+// W lies in global memory in the order of mma.m16n8k16's A fragment (see expert_packing.py), so a lane's share of a
+// tile is one 16-byte load; activations are the B operand, as they lie.
+//
+// Compiled once a configuration: see expert.py for the macros.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+
+#define THREADS 256
+#define MINUS_INFINITY __int_as_float(0xff800000)
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void copy16(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+// 16 bytes, or zeros where !use
+__device__ __forceinline__ void copy16_or_zero(u32 to, const void* from, bool use) {
+    int bytes = use ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+__device__ __forceinline__ void wait_for_predecessor() {
+#if PDL
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_dependents_start() {
+#if PDL
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+__device__ __forceinline__ u32 of_rank(u32 address, u32 rank) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+
+__device__ __forceinline__ float4 load_remote4(u32 address) {
+    float4 v;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
+    return v;
+}
+
+__device__ __forceinline__ float load_remote(u32 address) {
+    float v;
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address));
+    return v;
+}
+
+__device__ __forceinline__ void ldmatrix4(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix4_transposed(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// bf16x2 product, rounded once (adding -0 changes nothing); subnormals are kept
+__device__ __forceinline__ u32 multiply(u32 a, u32 b) {
+    u32 d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
+    return d;
+}
+
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+    u32 d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+__device__ __forceinline__ float low_of(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_of(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+__device__ __forceinline__ float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// gelu_tanh(g) * u
+__device__ __forceinline__ float geglu(float g, float u) {
+    float inner = 0.7978845608028654f * (g + 0.044715f * g * g * g);
+    return g / (1.0f + exp2_of(-2.8853900817779268f * inner)) * u;
+}
+
+#ifdef GEMM
+// ---------------------------------------------------------------------------------------------- matrix products
+// K_TOTAL, N_TOTAL; BN rows of W a cluster; CLUSTER blocks cut K; WM x WK = 8 warps cut rows and K of a block;
+// MT tokens (a multiple of 8); FORMAT 0 bf16, 1 E4M3, 2 NVFP4; EPILOGUE 0 gated residual, 1 GeGLU, 2 RoPE + cache;
+// NORM: x is the residual stream, and its RMS norm is folded in.
+
+constexpr int KC = K_TOTAL / CLUSTER;
+constexpr int KSTEPS = KC / 16;
+constexpr int MTILES = BN / 16;
+constexpr int MTW = MTILES / WM;
+constexpr int KW = KSTEPS / WK;
+constexpr int NT = MT / 8;
+constexpr int PER16 = FORMAT == 0 ? 1 : FORMAT == 1 ? 2 : 4;  // k steps in a lane's 16 bytes
+constexpr int W_BYTES = MTILES * KSTEPS * 512 / PER16;
+constexpr int S_BYTES = FORMAT == 2 ? MTILES * KSTEPS * 32 : 0;
+constexpr int X_PITCH = KC * 2 + 16;  // 16 bytes more than a multiple of 128: ldmatrix without bank conflicts
+constexpr int X_BYTES = MT * X_PITCH;
+constexpr int P_PITCH = BN + 4;
+constexpr int P_FLOATS = MT * P_PITCH;
+constexpr int BODY = W_BYTES + S_BYTES + X_BYTES > WK * P_FLOATS * 4 ? W_BYTES + S_BYTES + X_BYTES : WK * P_FLOATS * 4;
+static_assert(K_TOTAL % (CLUSTER * 16 * WK * PER16) == 0, "K does not divide");
+static_assert(N_TOTAL % BN == 0 && BN % (16 * WM) == 0 && BN % (4 * CLUSTER) == 0, "N does not divide");
+static_assert(WM * WK == THREADS / 32 && MT % 8 == 0 && MT <= 64, "tile");
+
+__device__ __forceinline__ void fragment(u32 (&a)[4], const uint4& w, int step, u32 scales) {
+    if constexpr (FORMAT == 0) {
+        a[0] = w.x, a[1] = w.y, a[2] = w.z, a[3] = w.w;
+    } else if constexpr (FORMAT == 1) {
+        // E4M3's bits as a bf16 are v * 2^-120
+        u32 half[2] = {step == 0 ? w.x : w.z, step == 0 ? w.y : w.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            u32 t = __byte_perm(half[i / 2], 0, i % 2 ? 0x3424 : 0x1404);
+            a[i] = multiply((t & 0x80008000u) | ((t >> 4) & 0x07f007f0u), 0x7b807b80u);
+        }
+    } else {
+        // E2M1's bits as a bf16 are v * 2^-126; the scales come as s * 2^119
+        u32 word = step == 0 ? w.x : step == 1 ? w.y : step == 2 ? w.z : w.w;
+        u32 s[2] = {__byte_perm(scales, 0, 0x1010), __byte_perm(scales, 0, 0x3232)};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            u32 t = word << (12 - 4 * i);
+            a[i] = multiply((t & 0x80008000u) | ((t >> 6) & 0x01c001c0u), s[i % 2]);
+        }
+    }
+}
+
+struct Arguments {
+    const u16* x;            // bf16 [tokens, K_TOTAL]
+    const u8* w;             // packed
+    const u8* w_scales;      // packed, NVFP4
+    const float* row_scale;  // [N_TOTAL]
+    const u16* factor;       // bf16 [K_TOTAL], 1 + scale of the norm
+    const float* shift;      // [N_TOTAL] W shift (GeGLU: gate's [N/2], then up's)
+    const float* gate;       // [N_TOTAL], of the residual
+    u16* out;                // bf16: residual stream [tokens, N]; GeGLU [tokens, N/2]; q [tokens, HEADS * HEAD_DIM]
+    u16* keys;               // bf16 [capacity, KV_HEADS * HEAD_DIM]
+    u16* values;
+    const float* cosines;    // [capacity, HEAD_DIM / 2]
+    const float* sines;
+    const int* start;        // row of the first token in the cache
+    int tokens;
+    float eps;
+};
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) expert_gemm(const Arguments p) {
+    extern __shared__ __align__(128) u8 memory[];
+    __shared__ float square_sums[MT];
+    u8* const w_memory = memory;
+    u8* const s_memory = memory + W_BYTES;
+    u8* const x_memory = memory + W_BYTES + S_BYTES;
+    u8* const f_memory = memory + BODY;
+    float* const partial = reinterpret_cast<float*>(memory);
+
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    const int wm = warp % WM, wk = warp / WM;
+    const int tile = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
+    const int first_token = blockIdx.y * MT;
+
+    let_dependents_start();
+    {
+        const u8* w = p.w + (size_t)blockIdx.x * W_BYTES;
+        const u32 to = shared_address(w_memory);
+#pragma unroll 4
+        for (int i = tid; i < W_BYTES / 16; i += THREADS) copy16(to + i * 16, w + i * 16);
+        if constexpr (FORMAT == 2) {
+            const u8* s = p.w_scales + (size_t)blockIdx.x * S_BYTES;
+            const u32 s_to = shared_address(s_memory);
+            for (int i = tid; i < S_BYTES / 16; i += THREADS) copy16(s_to + i * 16, s + i * 16);
+        }
+        if constexpr (NORM) {
+            const u32 f_to = shared_address(f_memory);
+            for (int i = tid; i < KC / 8; i += THREADS) copy16(f_to + i * 16, p.factor + rank * KC + i * 8);
+        }
+    }
+    wait_for_predecessor();
+    {
+        const u32 to = shared_address(x_memory);
+        for (int i = tid; i < MT * (KC / 8); i += THREADS) {
+            const int token = i / (KC / 8), chunk = i % (KC / 8);
+            const bool there = first_token + token < p.tokens;
+            const u16* from = p.x + (size_t)(there ? first_token + token : 0) * K_TOTAL + rank * KC + chunk * 8;
+            copy16_or_zero(to + token * X_PITCH + chunk * 16, from, there);
+        }
+    }
+    copies_done();
+    __syncthreads();
+
+    float acc[MTW][NT][4];
+#pragma unroll
+    for (int i = 0; i < MTW; i++)
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) acc[i][n][j] = 0.0f;
+
+    const u32 x_base = shared_address(x_memory) + ((lane / 16) * 8 + lane % 8) * X_PITCH + ((lane / 8) % 2) * 16;
+#pragma unroll 1
+    for (int group = 0; group < KW / PER16; group++) {
+        uint4 w[MTW];
+        const int at = wk * (KW / PER16) + group;
+#pragma unroll
+        for (int i = 0; i < MTW; i++)
+            w[i] = reinterpret_cast<const uint4*>(w_memory)[((wm * MTW + i) * (KSTEPS / PER16) + at) * 32 + lane];
+#pragma unroll
+        for (int step = 0; step < PER16; step++) {
+            const int k = at * PER16 + step;
+            u32 b[NT + 1][2];
+#pragma unroll
+            for (int n = 0; n < NT; n += 2) {  // an odd last tile reads 8 rows more: pad rows below, unused
+                u32 r[4];
+                const int last = n + 1 < NT ? 0 : 1;
+                ldmatrix4(r, x_base + (n * 8 - (last ? (lane / 16) * 8 : 0)) * X_PITCH + k * 32);
+                b[n][0] = r[0], b[n][1] = r[1], b[n + 1][0] = r[2], b[n + 1][1] = r[3];
+            }
+            if constexpr (NORM) {
+                const u32* f = reinterpret_cast<const u32*>(f_memory) + k * 8 + lane % 4;
+                const u32 f0 = f[0], f1 = f[4];
+#pragma unroll
+                for (int n = 0; n < NT; n++) b[n][0] = multiply(b[n][0], f0), b[n][1] = multiply(b[n][1], f1);
+            }
+#pragma unroll
+            for (int i = 0; i < MTW; i++) {
+                u32 a[4], scales = 0;
+                if constexpr (FORMAT == 2)
+                    scales = reinterpret_cast<const u32*>(s_memory)[((wm * MTW + i) * KSTEPS + k) * 8 + lane / 4];
+                fragment(a, w[i], step, scales);
+#pragma unroll
+                for (int n = 0; n < NT; n++) mma(acc[i][n], a, b[n][0], b[n][1]);
+            }
+        }
+    }
+    if constexpr (NORM) {  // four threads a token
+        if (tid < MT * 4) {
+            float sum = 0.0f;
+            const u8* row = x_memory + (tid / 4) * X_PITCH;
+#pragma unroll 4
+            for (int c = tid % 4; c < KC / 8; c += 4) {
+                const uint4 v = *reinterpret_cast<const uint4*>(row + c * 16);
+                const u32 pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    sum = fmaf(low_of(pairs[j]), low_of(pairs[j]), sum);
+                    sum = fmaf(high_of(pairs[j]), high_of(pairs[j]), sum);
+                }
+            }
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            if (tid % 4 == 0) square_sums[tid / 4] = sum;
+        }
+    }
+    __syncthreads();  // W and x are read; partial sums take their place
+    {
+        float* mine = partial + wk * P_FLOATS;
+#pragma unroll
+        for (int i = 0; i < MTW; i++) {
+            const int row = (wm * MTW + i) * 16 + lane / 4;
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                const int token = n * 8 + (lane % 4) * 2;
+                mine[token * P_PITCH + row] = acc[i][n][0];
+                mine[(token + 1) * P_PITCH + row] = acc[i][n][1];
+                mine[token * P_PITCH + row + 8] = acc[i][n][2];
+                mine[(token + 1) * P_PITCH + row + 8] = acc[i][n][3];
+            }
+        }
+    }
+    if constexpr (WK > 1) {
+        __syncthreads();
+        for (int i = tid; i < P_FLOATS / 4; i += THREADS) {
+            float4 sum = reinterpret_cast<float4*>(partial)[i];
+#pragma unroll
+            for (int j = 1; j < WK; j++) {
+                const float4 v = reinterpret_cast<float4*>(partial + j * P_FLOATS)[i];
+                sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+            }
+            reinterpret_cast<float4*>(partial)[i] = sum;
+        }
+    }
+    cluster_barrier();
+
+    constexpr int SHARE = BN / CLUSTER;  // rows of the tile that this block finishes
+    const u32 partial_address = shared_address(partial), squares_address = shared_address(square_sums);
+    for (int item = tid; item < MT * (SHARE / 4); item += THREADS) {
+        const int token = item / (SHARE / 4);
+        const int row = rank * SHARE + item % (SHARE / 4) * 4;
+        const int m = first_token + token, n = tile * BN + row;
+        if (m >= p.tokens) continue;
+        float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        float squares = 0.0f;
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++) {
+            const float4 part = load_remote4(of_rank(partial_address + (token * P_PITCH + row) * 4, r));
+            v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
+            if constexpr (NORM) squares += load_remote(of_rank(squares_address + token * 4, r));
+        }
+        const float root = NORM ? rsqrtf(squares / K_TOTAL + p.eps) : 1.0f;
+        const float4 scale = *reinterpret_cast<const float4*>(p.row_scale + n);
+        v[0] *= root * scale.x, v[1] *= root * scale.y, v[2] *= root * scale.z, v[3] *= root * scale.w;
+        if constexpr (EPILOGUE == 0) {
+            const float4 gate = *reinterpret_cast<const float4*>(p.gate + n);
+            uint2* at = reinterpret_cast<uint2*>(p.out + (size_t)m * N_TOTAL + n);
+            const uint2 residual = *at;
+            uint2 result;
+            result.x = pack_bf16(fmaf(v[0], gate.x, low_of(residual.x)), fmaf(v[1], gate.y, high_of(residual.x)));
+            result.y = pack_bf16(fmaf(v[2], gate.z, low_of(residual.y)), fmaf(v[3], gate.w, high_of(residual.y)));
+            *at = result;
+        } else if constexpr (EPILOGUE == 1) {
+            const int f = n / 2;
+            const float2 gate = *reinterpret_cast<const float2*>(p.shift + f);
+            const float2 up = *reinterpret_cast<const float2*>(p.shift + N_TOTAL / 2 + f);
+            *reinterpret_cast<u32*>(p.out + (size_t)m * (N_TOTAL / 2) + f) =
+                pack_bf16(geglu(v[0] + gate.x, v[1] + up.x), geglu(v[2] + gate.y, v[3] + up.y));
+        } else {
+            constexpr int HALF = HEAD_DIM / 2;
+            const float4 shift = *reinterpret_cast<const float4*>(p.shift + n);
+            v[0] += shift.x, v[1] += shift.y, v[2] += shift.z, v[3] += shift.w;
+            const int head = n / HEAD_DIM, i = n % HEAD_DIM / 2, place = p.start[0] + m;
+            if (head < HEADS + KV_HEADS) {  // rows come in pairs (i, i + HALF)
+                const float2 c = *reinterpret_cast<const float2*>(p.cosines + (size_t)place * HALF + i);
+                const float2 s = *reinterpret_cast<const float2*>(p.sines + (size_t)place * HALF + i);
+                const float a0 = v[0], b0 = v[1], a1 = v[2], b1 = v[3];
+                v[0] = a0 * c.x - b0 * s.x, v[1] = b0 * c.x + a0 * s.x;
+                v[2] = a1 * c.y - b1 * s.y, v[3] = b1 * c.y + a1 * s.y;
+            }
+            u16* to;
+            if (head < HEADS)
+                to = p.out + ((size_t)m * HEADS + head) * HEAD_DIM;
+            else if (head < HEADS + KV_HEADS)
+                to = p.keys + ((size_t)place * KV_HEADS + head - HEADS) * HEAD_DIM;
+            else
+                to = p.values + ((size_t)place * KV_HEADS + head - HEADS - KV_HEADS) * HEAD_DIM;
+            *reinterpret_cast<u32*>(to + i) = pack_bf16(v[0], v[2]);
+            *reinterpret_cast<u32*>(to + i + HALF) = pack_bf16(v[1], v[3]);
+        }
+    }
+    cluster_barrier();  // peers may still be reading this block's sums
+}
+#endif
+
+#ifdef ATTENTION
+// -------------------------------------------------------------------------------------------------- attention
+// ROWS = 32 query rows (token * GROUP + head) a cluster; its CLUSTER blocks cut the keys. CHUNK keys at a time.
+
+constexpr int ROWS = 32;
+constexpr int CHUNK = 128;
+constexpr int PITCH = HEAD_DIM * 2 + 16;
+constexpr int P_PITCH_BYTES = CHUNK * 2 + 16;
+constexpr int O_PITCH = HEAD_DIM + 4;
+constexpr int KV_BYTES = CHUNK * PITCH;
+constexpr int WARP_DIMS = HEAD_DIM / 8;
+static_assert(HEAD_DIM % 128 == 0 && ROWS * O_PITCH * 4 <= KV_BYTES && HEAD_DIM % (4 * CLUSTER) == 0, "shape");
+
+struct Arguments {
+    const u16* q;  // bf16 [tokens, KV_HEADS * GROUP, HEAD_DIM]
+    const u16* k;  // bf16 [capacity, KV_HEADS, HEAD_DIM]
+    const u16* v;
+    u16* out;          // as q
+    const int* valid;  // keys of the prefix; those of the tokens follow
+    int tokens;
+    float scale;  // log2(e) / sqrt(HEAD_DIM)
+};
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) expert_attention(const Arguments p) {
+    extern __shared__ __align__(128) u8 memory[];
+    __shared__ float warp_top[8][ROWS], warp_sum[8][ROWS], top_of[ROWS], sum_of[ROWS];
+    u8* const k_memory = memory;
+    u8* const v_memory = memory + KV_BYTES;
+    u8* const q_memory = memory + 2 * KV_BYTES;
+    u8* const p_memory = q_memory + ROWS * PITCH;
+    float* const o_memory = reinterpret_cast<float*>(memory);
+
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    const int block = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER, kv_head = blockIdx.y;
+    const int rows = p.tokens * GROUP, first_row = block * ROWS;
+    constexpr int CHUNKS16 = HEAD_DIM / 8;  // 16-byte pieces of a row
+
+    const int valid = p.valid[0];  // written long before: the inputs' copy is no programmatic predecessor
+    const int total = valid + p.tokens;
+    const int share = ((total + CLUSTER - 1) / CLUSTER + 15) / 16 * 16;
+    const int begin = rank * share, end = min(total, begin + share);
+
+    let_dependents_start();
+    const u32 k_to = shared_address(k_memory), v_to = shared_address(v_memory);
+    auto load_keys = [&](int first, bool prefix) {
+        for (int i = tid; i < CHUNK * CHUNKS16; i += THREADS) {
+            const int row = i / CHUNKS16, piece = i % CHUNKS16, key = first + row;
+            const bool before = key < valid && key < end;
+            if (before != prefix) continue;
+            const bool there = key < end;  // rows behind the end are zeros: a product with garbage could be NaN
+            const size_t at = ((size_t)(there ? key : 0) * KV_HEADS + kv_head) * HEAD_DIM + piece * 8;
+            copy16_or_zero(k_to + row * PITCH + piece * 16, p.k + at, there);
+            copy16_or_zero(v_to + row * PITCH + piece * 16, p.v + at, there);
+        }
+    };
+    load_keys(begin, true);  // the prefix's keys were written before the predecessor started
+    wait_for_predecessor();
+    {
+        const u32 to = shared_address(q_memory);
+        for (int i = tid; i < ROWS * CHUNKS16; i += THREADS) {
+            const int r = i / CHUNKS16, piece = i % CHUNKS16, row = first_row + r;
+            const bool there = row < rows;
+            const int token = there ? row / GROUP : 0, head = kv_head * GROUP + row % GROUP;
+            copy16_or_zero(to + r * PITCH + piece * 16, p.q + ((size_t)token * KV_HEADS * GROUP + head) * HEAD_DIM + piece * 8, there);
+        }
+    }
+    load_keys(begin, false);
+
+    float top[2][2], sum[2][2], acc[2][WARP_DIMS / 8][4];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        top[i][0] = top[i][1] = MINUS_INFINITY, sum[i][0] = sum[i][1] = 0.0f;
+#pragma unroll
+        for (int n = 0; n < WARP_DIMS / 8; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) acc[i][n][j] = 0.0f;
+    }
+    const int g = lane / 4, t = lane % 4;
+    for (int first = begin; first < end; first += CHUNK) {
+        if (first != begin) {
+            __syncthreads();
+            load_keys(first, true);
+            load_keys(first, false);
+        }
+        copies_done();
+        __syncthreads();
+        // scores: this warp's 16 keys against all rows
+        float s[2][2][4];
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int n = 0; n < 2; n++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) s[i][n][j] = 0.0f;
+        const u32 q_base = shared_address(q_memory) + (lane % 16) * PITCH + (lane / 16) * 16;
+        const u32 k_base = k_to + (warp * 16 + (lane / 16) * 8 + lane % 8) * PITCH + ((lane / 8) % 2) * 16;
+#pragma unroll 4
+        for (int k = 0; k < HEAD_DIM / 16; k++) {
+            u32 a0[4], a1[4], b[4];
+            ldmatrix4(a0, q_base + k * 32);
+            ldmatrix4(a1, q_base + 16 * PITCH + k * 32);
+            ldmatrix4(b, k_base + k * 32);
+            mma(s[0][0], a0, b[0], b[1]);
+            mma(s[0][1], a0, b[2], b[3]);
+            mma(s[1][0], a1, b[0], b[1]);
+            mma(s[1][1], a1, b[2], b[3]);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float best = MINUS_INFINITY;
+#pragma unroll
+                for (int n = 0; n < 2; n++)
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        const int key = first + warp * 16 + n * 8 + t * 2 + j;
+                        float& score = s[i][n][half * 2 + j];
+                        score = key < end ? score * p.scale : MINUS_INFINITY;
+                        best = fmaxf(best, score);
+                    }
+                best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
+                best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+                if (t == 0) warp_top[warp][i * 16 + half * 8 + g] = best;
+            }
+        __syncthreads();
+        float correction[2][2];
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int row = i * 16 + half * 8 + g;
+                float best = top[i][half];
+#pragma unroll
+                for (int w = 0; w < 8; w++) best = fmaxf(best, warp_top[w][row]);
+                correction[i][half] = exp2_of(top[i][half] - best);
+                top[i][half] = best;
+                float total_p = 0.0f;
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    const float p0 = exp2_of(s[i][n][half * 2] - best), p1 = exp2_of(s[i][n][half * 2 + 1] - best);
+                    total_p += p0 + p1;
+                    *reinterpret_cast<u32*>(p_memory + row * P_PITCH_BYTES + (warp * 16 + n * 8 + t * 2) * 2) = pack_bf16(p0, p1);
+                }
+                total_p += __shfl_xor_sync(0xffffffffu, total_p, 1);
+                total_p += __shfl_xor_sync(0xffffffffu, total_p, 2);
+                if (t == 0) warp_sum[warp][row] = total_p;
+            }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float total_p = 0.0f;
+#pragma unroll
+                for (int w = 0; w < 8; w++) total_p += warp_sum[w][i * 16 + half * 8 + g];
+                sum[i][half] = sum[i][half] * correction[i][half] + total_p;
+#pragma unroll
+                for (int n = 0; n < WARP_DIMS / 8; n++) {
+                    acc[i][n][half * 2] *= correction[i][half];
+                    acc[i][n][half * 2 + 1] *= correction[i][half];
+                }
+            }
+        // values: this warp's dims
+        const u32 p_base = shared_address(p_memory) + (lane % 16) * P_PITCH_BYTES + (lane / 16) * 16;
+        const u32 v_base = v_to + (lane % 16) * PITCH + (warp * WARP_DIMS + (lane / 16) * 8) * 2;
+        const int steps = (min(end - first, CHUNK) + 15) / 16;
+        for (int k = 0; k < steps; k++) {
+            u32 a0[4], a1[4];
+            ldmatrix4(a0, p_base + k * 32);
+            ldmatrix4(a1, p_base + 16 * P_PITCH_BYTES + k * 32);
+#pragma unroll
+            for (int n = 0; n < WARP_DIMS / 8; n += 2) {
+                u32 b[4];
+                ldmatrix4_transposed(b, v_base + k * 16 * PITCH + n * 16);
+                mma(acc[0][n], a0, b[0], b[1]);
+                mma(acc[0][n + 1], a0, b[2], b[3]);
+                mma(acc[1][n], a1, b[0], b[1]);
+                mma(acc[1][n + 1], a1, b[2], b[3]);
+            }
+        }
+    }
+    copies_done();
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = i * 16 + half * 8 + g;
+            if (warp == 0 && t == 0) top_of[row] = top[i][half], sum_of[row] = sum[i][half];
+#pragma unroll
+            for (int n = 0; n < WARP_DIMS / 8; n++) {
+                const int dim = warp * WARP_DIMS + n * 8 + t * 2;
+                *reinterpret_cast<float2*>(o_memory + row * O_PITCH + dim) = make_float2(acc[i][n][half * 2], acc[i][n][half * 2 + 1]);
+            }
+        }
+    cluster_barrier();
+    constexpr int DIMS = HEAD_DIM / CLUSTER;
+    const u32 o_address = shared_address(o_memory), top_address = shared_address(top_of), sum_address = shared_address(sum_of);
+    for (int item = tid; item < ROWS * (DIMS / 4); item += THREADS) {
+        const int r = item / (DIMS / 4), dim = rank * DIMS + item % (DIMS / 4) * 4, row = first_row + r;
+        if (row >= rows) continue;
+        float tops[CLUSTER], best = MINUS_INFINITY;
+#pragma unroll
+        for (int c = 0; c < CLUSTER; c++) tops[c] = load_remote(of_rank(top_address + r * 4, c)), best = fmaxf(best, tops[c]);
+        float weight = 0.0f, o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+        for (int c = 0; c < CLUSTER; c++) {
+            const float w = exp2_of(tops[c] - best);
+            weight = fmaf(w, load_remote(of_rank(sum_address + r * 4, c)), weight);
+            const float4 part = load_remote4(of_rank(o_address + (r * O_PITCH + dim) * 4, c));
+            o[0] = fmaf(w, part.x, o[0]), o[1] = fmaf(w, part.y, o[1]), o[2] = fmaf(w, part.z, o[2]), o[3] = fmaf(w, part.w, o[3]);
+        }
+        const float inverse = 1.0f / weight;
+        const int token = row / GROUP, head = kv_head * GROUP + row % GROUP;
+        uint2 result;
+        result.x = pack_bf16(o[0] * inverse, o[1] * inverse);
+        result.y = pack_bf16(o[2] * inverse, o[3] * inverse);
+        *reinterpret_cast<uint2*>(p.out + ((size_t)token * KV_HEADS * GROUP + head) * HEAD_DIM + dim) = result;
+    }
+    cluster_barrier();
+}
+#endif
