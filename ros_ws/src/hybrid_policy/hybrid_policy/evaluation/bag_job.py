@@ -162,7 +162,11 @@ def _excuse_cameras(job: BagJob, known: Survey) -> None:
 
 
 def _own_joints(
-    source: BagSource, robot: RobotFile, known: Survey, result: dict[str, Any], series: dict[str, NDArray[Any]]
+    source: BagSource,
+    robot: RobotFile,
+    known: Survey,
+    result: dict[str, Any],
+    series: dict[str, NDArray[Any]],
 ) -> None:
     """What the joints alone tell, by the bag's own names where the robot file has others."""
     found = by_own_names(source, robot, known)
@@ -172,7 +176,9 @@ def _own_joints(
         result["recorded"] = {"source": used.actions.source, "messages": len(used.actions)}
         result["inputs"] = [metrics.inputs(topic, used.start) for topic in used.topics.values()]
         result["robot_file_sketch"] = sketch(file, used)
-        result["notes"] = [line for line in known.notes if not line.startswith(("recorded", known.match.command))]
+        result["notes"] = [
+            line for line in known.notes if not line.startswith(("recorded", known.match.command))
+        ]
         result["notes"] += [line for line in used.notes if line not in known.match.notes]
         result["notes"].append(
             "joints: evaluated by the bag's own names; robot_file_sketch has them as a robot file's section"

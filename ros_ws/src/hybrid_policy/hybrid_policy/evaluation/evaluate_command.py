@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first scene and its noise (default: 0)")
     parser.add_argument("--distractor", action="store_true", help="put a third cube on the table")
+    parser.add_argument("--switch", action="store_true", help="after the lift, prompt for the other cube too")
     parser.add_argument(
         "--plain", action="store_true", help="no random light, shades, sizes, start pose, phrases"
     )

@@ -30,8 +30,13 @@ _STYLE = {
 }  # fmt: skip
 
 
-def trajectories(series: Series, recipes: Sequence[str], names: Sequence[str], origin: int) -> str:
-    """Small multiples: what was recorded, what each recipe would have commanded, the worst moments."""
+def trajectories(
+    series: Series, recipes: Sequence[str], names: Sequence[str], spans: Sequence[float], origin: int
+) -> str:
+    """Small multiples: what was recorded, what each recipe would have commanded, the worst moments.
+
+    spans: each command's whole range; a joint that hardly moves is not blown up beyond 3 % of it.
+    """
     with _style():
         columns = 3
         rows = -(-len(names) // columns)
@@ -51,6 +56,7 @@ def trajectories(series: Series, recipes: Sequence[str], names: Sequence[str], o
                           color=COLOURS[k % len(COLOURS)], lw=1.1, alpha=0.9, label=recipe)  # fmt: skip
             axis.set_title(name, fontsize=8, pad=3)
             axis.margins(x=0.01)
+            _at_least(axis, 0.03 * spans[i])
         _finish_grid(axes, len(names), columns)
         _legend(figure, axes[0])
         return _svg(figure)
@@ -172,7 +178,8 @@ def latency(bag: Mapping[str, Any], series: Series, recipes: Sequence[str]) -> s
         joined = np.concatenate(list(values.values())) if values else np.zeros(1)
         if not len(joined):
             return ""
-        edges = np.linspace(joined.min() * 0.95, np.percentile(joined, 99.5) * 1.05 + 1e-6, 50)
+        count = int(np.clip(1.5 * np.sqrt(len(joined)), 12, 50))
+        edges = np.linspace(joined.min() * 0.95, np.percentile(joined, 99.5) * 1.05 + 1e-6, count)
         for recipe in known:
             axes[0].hist(np.clip(values[recipe], edges[0], edges[-1]), bins=edges, color=_colour(recipes, recipe),
                          alpha=0.55, label=recipe)  # fmt: skip
@@ -217,15 +224,23 @@ def moment(series: Series, recipes: Sequence[str], rank: int, names: Sequence[st
     reference = told if other is None else other
     gap = np.nan_to_num(np.abs(mine - reference)).mean(axis=0)
     with _style():
-        figure, axes = _plots(1, 3, (6.6, 1.65))
+        figure, axes = _plots(1, 3, (6.6, 1.75))
         for axis, joint in zip(axes, np.argsort(-gap)[:3]):
             axis.plot(told[:, joint], color=INK, lw=1.3, label="recorded")
             if other is not None:
                 axis.plot(other[:, joint], color=COLOURS[0], lw=1.1, label=base)
             axis.plot(mine[:, joint], color=_colour(recipes, recipe), lw=1.3, label=recipe)
             axis.set_title(names[joint], fontsize=7.5, pad=2)
+            axis.set_xlabel("step", fontsize=7, labelpad=1)
         axes[0].legend(fontsize=6)
         return _svg(figure)
+
+
+def _at_least(axis: Axes, span: float) -> None:
+    low, high = axis.get_ylim()
+    if high - low < span:
+        middle = 0.5 * (low + high)
+        axis.set_ylim(middle - 0.5 * span, middle + 0.5 * span)
 
 
 def _finish_grid(axes: Sequence[Axes], used: int, columns: int) -> None:

@@ -144,16 +144,17 @@ def _bag(
     if bag["status"] == "replayed":
         names = report["settings"]["commands"]
         used = [r for r in recipes if f"run/{r}/stamps" in series]
+        spans = report["settings"]["command_spans"]
         parts += [
-            "<h3>Commands</h3><p class=how>Black: recorded. Colours: what each recipe would have told the robot, tick "
-            "by tick, after guard and blending. Red lines: the worst moments below.</p>",
-            figures.trajectories(series, used, names, origin),
+            "<h3>Commands</h3><p class=how>Black: recorded. Colours: what each recipe would have told the robot, "
+            "tick by tick, after guard and blending. Red lines: the worst moments below.</p>",
+            figures.trajectories(series, used, names, spans, origin),
             _moments(bag, series, used, names, origin),
-            figures.errors(bag, used),
-            figures.recipes_apart(bag, series, used, origin),
-            figures.seams(series, used, origin),
+            _titled("Error to the recorded actions", figures.errors(bag, used)),
+            _titled(f"Difference to {used[0]}", figures.recipes_apart(bag, series, used, origin)),
+            _titled("Seams", figures.seams(series, used, origin)),
             _guard(bag, used),
-            figures.latency(measured, series, used),
+            _titled("Latency", figures.latency(measured, series, used)),
         ]
     elif bag.get("joint_columns"):
         parts += ["<h3>Joints</h3>", figures.joints(series, bag["joint_columns"], origin)]
@@ -178,6 +179,10 @@ def _bag(
         parts.append(f"<h3>Topics in the bag</h3><table>{rows}</table>")
     parts.append("</section>")
     return "\n".join(part for part in parts if part)
+
+
+def _titled(title: str, picture: str) -> str:
+    return f"<h3>{_e(title)}</h3>{picture}" if picture else ""
 
 
 def _moments(
@@ -211,6 +216,13 @@ def _moments(
 
 
 def _guard(bag: Mapping[str, Any], recipes: Sequence[str]) -> str:
+    runs = [bag["recipes"][recipe] for recipe in recipes]
+    if not any(one["guard"]["chunks_limited"] or one["refused"] or one["holds"] for one in runs):
+        counts = ", ".join(f"{_e(r)} {one['chunks']}" for r, one in zip(recipes, runs))
+        return (
+            "<h3>Guard</h3><p class=how>Nothing was limited or refused, and the robot would never have been held "
+            f"(chunks: {counts}).</p>"
+        )
     rows = []
     for recipe in recipes:
         one = bag["recipes"][recipe]
@@ -234,17 +246,22 @@ def _guard(bag: Mapping[str, Any], recipes: Sequence[str]) -> str:
 
 
 def _inputs(bag: Mapping[str, Any]) -> str:
+    odd = any(i["zero_stamps"] or i["resets"] for i in bag["inputs"])
     rows = "".join(
-        f"<tr><td>{_e(i['role'])}</td><td><code>{_e(i['topic'])}</code></td><td class=n>{i['used']} / {i['messages']}</td>"
-        f"<td class=n>{i['rate']:.1f} / {i['expected_rate']:g}</td><td class=n>{i['gaps']}</td>"
-        f"<td class=n>{i['longest_gap']:.2f}</td><td class=n>{_ms(i['lag']['p50'])} / {_ms(i['lag']['p99'])}</td>"
-        f"<td class=n>{i['zero_stamps']}</td><td class=n>{i['resets']}</td></tr>"
+        f"<tr><td>{_e(i['role'])}</td><td><code>{_e(i['topic'])}</code></td>"
+        f"<td class=n>{i['used']} / {i['messages']}</td><td class=n>{i['rate']:.1f} / {i['expected_rate']:g}</td>"
+        f"<td class=n>{i['gaps']}</td><td class=n>{i['longest_gap']:.2f}</td>"
+        f"<td class=n>{_ms(i['lag']['p50'])} / {_ms(i['lag']['p99'])}</td>"
+        + (f"<td class=n>{i['zero_stamps']}</td><td class=n>{i['resets']}</td>" if odd else "")
+        + "</tr>"
         for i in bag["inputs"]
     )
     return (
-        "<table><thead><tr><th>input</th><th>topic</th><th class=n>used / messages</th><th class=n>rate / expected, Hz</th>"
-        "<th class=n>gaps</th><th class=n>longest, s</th><th class=n>stamp → recorded, ms, p50 / p99</th>"
-        f"<th class=n>no stamp</th><th class=n>clock resets</th></tr></thead><tbody>{rows}</tbody></table>"
+        "<table><thead><tr><th>input</th><th>topic</th><th class=n>used / messages</th><th class=n>Hz / expected</th>"
+        "<th class=n>gaps</th><th class=n>longest, s</th><th class=n>lag, ms, p50 / p99</th>"
+        + ("<th class=n>no stamp</th><th class=n>resets</th>" if odd else "")
+        + f"</tr></thead><tbody>{rows}</tbody></table>"
+        "<p class=how>Lag: from the stamp to the recording. A gap: an interval over 2.5 expected ones.</p>"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import time
 from collections.abc import Iterator
 
@@ -22,6 +21,8 @@ from hybrid_policy.models.observation import Observation, Policy
 #: rad (m): further from its command than this, the robot is held where it stands (the node's default).
 HOLD_TOLERANCE = 0.2
 _WORST = 4
+#: ns between two of the worst moments.
+_APART = 1_000_000_000
 _THUMBNAIL = 240
 
 
@@ -51,7 +52,7 @@ class PolicyPass:
             topic: name for name, (topic, _) in known.match.cameras.items() if name in policy.spec.cameras
         }
         self._segment = 0
-        self._heap: list[tuple[float, int, Moment]] = []
+        self._worst: list[Moment] = []
         self.run_record = RecipeRun(recipe)
 
     def run(self, source: BagSource) -> Iterator[float]:
@@ -134,20 +135,22 @@ class PolicyPass:
         score = self._score(chunk)
         if not np.isfinite(score):
             return
-        if len(self._heap) == _WORST and score <= self._heap[0][0]:
+        near = [m for m in self._worst if abs(m.stamp - chunk.stamp) < _APART and m.segment == chunk.segment]
+        if near:  # one picture of each bad stretch, at its worst
+            if score <= max(m.score for m in near):
+                return
+            self._worst = [m for m in self._worst if m not in near]
+        elif len(self._worst) == _WORST and score <= self._worst[-1].score:
             return
         pictures = {name: thumbnail(pixels) for name, pixels in observation.images.items()}
-        entry = (score, -chunk.number, Moment(score, chunk.number, pictures))
-        if len(self._heap) < _WORST:
-            heapq.heappush(self._heap, entry)
-        else:
-            heapq.heapreplace(self._heap, entry)
+        self._worst.append(Moment(score, chunk.number, chunk.stamp, chunk.segment, pictures))
+        self._worst = sorted(self._worst, key=lambda m: (-m.score, m.number))[:_WORST]
 
     def _close(self, now: int) -> None:
         """Fill in what is known only at the end."""
         status = self._buffer.status(now)
         self.run_record.drops = {name: dict(one.drops) for name, one in status.items() if one.drops}
-        self.run_record.worst = [moment for _, _, moment in sorted(self._heap, reverse=True)]
+        self.run_record.worst = list(self._worst)
 
 
 def thumbnail(pixels: NDArray[np.uint8], width: int = _THUMBNAIL) -> NDArray[np.uint8]:

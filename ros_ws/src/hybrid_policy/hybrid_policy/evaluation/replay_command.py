@@ -25,6 +25,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hybrid_policy.control.cycle import CHUNKING, CycleSettings
 from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.errors import InputError
@@ -222,6 +224,9 @@ def _told(
     return {
         "robot": robot.name,
         "commands": list(robot.command_names),
+        "command_spans": [
+            float(s) if np.isfinite(s) else 0.0 for s in robot.limits.upper - robot.limits.lower
+        ],
         "checkpoint": Path(args.checkpoint).name,
         "recipes": list(recipes),
         "rate": settings.rate,

@@ -59,12 +59,14 @@ class ReplayedChunk:
     timings: dict[str, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Moment:
-    """A chunk worth looking at: its number, how bad it was, small pictures by camera name."""
+    """A chunk worth looking at: how bad it was, which it is, small pictures by camera name."""
 
     score: float
     number: int
+    stamp: int
+    segment: int
     pictures: dict[str, NDArray[np.uint8]]
 
 
