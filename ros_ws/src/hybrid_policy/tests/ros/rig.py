@@ -100,6 +100,7 @@ class Rig:
         self.robot = RobotFile.load(self.file)
         self.faults, self.heard = Faults(), Heard()
         self.rejected: list[str] = []
+        self.nodes: list[subprocess.Popen[bytes]] = []
         self.controller = jtc.TrajectoryController(self.robot.joint_names, HOME)
         self._measured = HOME.copy()
         self._random = np.random.default_rng(0)
@@ -140,6 +141,9 @@ class Rig:
 
     def close(self) -> None:
         """End."""
+        for process in self.nodes:  # of a test that failed before it ended them
+            if process.poll() is None:
+                process.kill()
         self._stop.set()
         self._executor.shutdown()
         for thread in self._threads:
@@ -305,6 +309,8 @@ class NodeUnderTest:
             stderr=subprocess.STDOUT,
             env=environment,
         )
+
+        rig.nodes.append(self.process)
 
     def text(self) -> str:
         """What it printed."""
