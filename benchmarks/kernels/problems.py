@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from hybrid_policy.kernels import fp8, nvfp4
 from hybrid_policy.kernels.gate_up import NormPrologue, geglu_reference
+from hybrid_policy.kernels.packing import separate_rows
 from hybrid_policy.kernels.stream import StreamWeight
 from hybrid_policy.kernels.tiles import Format
 
@@ -32,6 +33,7 @@ PREFIX_SMALL = Problem("prefix-size gate+up+GeGLU", 50, 32768, 2048, "nvfp4", ge
 PREFIX = Problem("prefix-size gate+up+GeGLU", 560, 32768, 2048, "nvfp4", geglu=True)
 DOWN = Problem("expert down, quantise, gated residual", 50, 1024, 4096, "fp8", gated_residual=True)
 DOWN_GIVEN = replace(DOWN, name="expert down on FP8 activations, gated residual", quantised=True)
+DOWN_NVFP4 = replace(DOWN, name="expert down in NVFP4 W4A16, gated residual", fmt="nvfp4")
 QKV = Problem("expert qkv", 50, 2560, 1024, "bf16")
 OUT = Problem("expert o, gated residual", 50, 1024, 2048, "bf16", gated_residual=True)
 
@@ -121,7 +123,7 @@ def relative_error(problem: Problem, packed: StreamWeight, inputs: Inputs, out: 
             norm = inputs.norm
             if norm is not None and norm.gate_shift is not None and norm.up_shift is not None:
                 norm = NormPrologue(norm.factor, norm.gate_shift[half], norm.up_shift[half], norm.eps)
-            reference = geglu_reference(inputs.x, wide[0::2], wide[1::2], norm)
+            reference = geglu_reference(inputs.x, *separate_rows(wide), norm)
             got = out[:, half]
         else:
             x = inputs.x.float()

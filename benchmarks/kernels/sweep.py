@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from hybrid_policy.kernels.tiles import Tile
-from problems import DOWN, DOWN_GIVEN, EXPERT, EXPERT_NORM, OUT, PREFIX, PREFIX_SMALL, QKV, Problem
+from problems import DOWN, DOWN_GIVEN, DOWN_NVFP4, EXPERT, EXPERT_NORM, OUT, PREFIX, PREFIX_SMALL, QKV, Problem
 from problems import Inputs, launch_arguments, output, random_weight, relative_error
 
 
@@ -29,55 +29,37 @@ def tiles_of(name: str) -> list[tuple[Problem, list[Tile]]]:
     """The configurations of one group."""
     t = Tile
     if name == "expert":
-        shapes = [(64, 256, 4, 3), (64, 256, 4, 4), (64, 128, 4, 4), (64, 256, 8, 3), (64, 128, 4, 6)]
-        tiles = []
-        for bn, bk, warps, stages in shapes:
-            for swap in (False, True) if warps == 4 else (False,):
-                for rotate in (False, True):
-                    for trigger in (0, 1):
-                        base = t(64, bn, bk, warps, stages, swap=swap, tma_x=True, rotate=rotate, trigger=trigger)
-                        tiles.append(base)
-                        if bk == 256:
-                            tiles.append(replace(base, tma_w=True))
-        tiles += [t(64, 64, 256, 4, 3, swap=True, rotate=True), t(64, 64, 256, 4, 3, swap=True, trigger=1)]
-        return [(EXPERT, tiles), (EXPERT_NORM, [t(64, 64, 128, 4, 3, swap=True)])]
+        tiles = [t(64, 64, 256, 4, s, swap=w, tma_x=True, tma_w=True, trigger=g) for s in (3, 4) for w in (True, False) for g in (0, 1)]
+        tiles += [t(64, 64, 128, 4, s, swap=True, tma_x=True) for s in (3, 5, 6)]
+        tiles += [t(64, 128, 256, 8, s, swap=True, tma_x=True, tma_w=True) for s in (2, 3)]
+        tiles += [t(64, 128, 128, 8, s, swap=True, tma_x=True) for s in (4, 6)]
+        return [(EXPERT, tiles), (EXPERT_NORM, [t(64, 64, 256, 4, 2, swap=True)])]
     if name == "prefix_small":
-        tiles = []
-        for bn, bk, warps, stages in [(128, 128, 8, 3), (128, 128, 8, 4), (128, 256, 8, 2), (128, 256, 8, 3), (128, 64, 8, 4),
-                                      (128, 128, 4, 3)]:  # fmt: skip
-            for rotate in (False, True):
-                base = t(64, bn, bk, warps, stages, swap=True, tma_x=True, rotate=rotate)
-                tiles += [base, replace(base, swap=False)] if warps == 8 else [base]
-                if bk == 256:
-                    tiles += [replace(base, tma_w=True), replace(base, tma_w=True, swap=False)]
+        tiles = [t(64, 128, 128, 8, s, swap=True, tma_x=True, trigger=g) for s in (2, 3, 4) for g in (0, 1)]
+        tiles += [t(64, 256, 128, w, s, swap=True, tma_x=True) for w in (8, 16) for s in (2, 3)]
         return [(PREFIX_SMALL, tiles)]
     if name == "prefix":
-        tiles = []
-        for bm, bm2, bn, bk, warps, stages in [
-            (256, 32, 128, 64, 8, 3), (256, 32, 128, 64, 8, 4), (256, 0, 128, 64, 8, 3), (256, 0, 128, 64, 8, 4),
-            (256, 0, 128, 128, 8, 2), (128, 64, 128, 128, 8, 2), (128, 64, 128, 128, 8, 3), (128, 64, 128, 64, 8, 4),
-            (128, 0, 128, 64, 8, 3), (128, 0, 128, 128, 8, 3), (128, 64, 64, 64, 4, 3), (128, 64, 64, 128, 4, 2), (256, 32, 64, 64, 4, 3),
-            (256, 32, 128, 128, 8, 2),
-        ]:  # fmt: skip
-            tiles.append(t(bm, bn, bk, warps, stages, swap=True, bm2=bm2, tma_x=True))
-        tiles += [t(128, 128, 64, 8, s, tma_x=True) for s in (3, 4)] + [t(256, 32, 64, 8, 3, swap=False, tma_x=True)]
-        tiles += [t(128, 128, 256, 8, 2, swap=True, bm2=64, tma_x=True, tma_w=True)]
+        tiles = [t(256, 128, 128, 8, 2, swap=True, bm2=32, tma_x=True), t(128, 256, 128, 16, 3, swap=True, tma_x=True)]
+        tiles += [t(128, 256, 128, w, s, swap=True, bm2=16, tma_x=True) for w in (8, 16) for s in (2, 3)]
+        tiles += [t(128, 256, 128, 16, 4, swap=True, bm2=16, tma_x=True), t(128, 128, 128, 8, 3, swap=True, bm2=64, tma_x=True)]
         return [(PREFIX, tiles)]
     if name == "down":
-        tiles = []
-        for bn, bk, split, warps, stages in [(64, 512, 8, 8, 1), (32, 512, 8, 8, 1), (64, 256, 8, 8, 2), (64, 512, 4, 8, 1),
-                                             (32, 512, 4, 8, 1), (32, 256, 4, 8, 2), (64, 512, 8, 4, 1), (16, 512, 8, 8, 1)]:  # fmt: skip
-            for trigger in (0, 1):
-                tiles.append(t(64, bn, bk, warps, stages, split=split, trigger=trigger))
-        given = [t(64, 64, 512, 8, 1, split=8), t(64, 32, 256, 4, 3, split=4), t(64, 32, 128, 4, 4, split=4), t(64, 32, 512, 4, 2, split=4),
-                 t(64, 32, 256, 4, 3, split=4, tma_x=True, tma_w=True), t(64, 16, 256, 4, 4, split=2, tma_x=True, tma_w=True),
-                 t(64, 16, 512, 4, 3, split=2, tma_x=True, tma_w=True), t(64, 16, 512, 4, 3, split=4, tma_x=True, tma_w=True),
-                 t(64, 32, 512, 4, 2, split=8, tma_x=True, tma_w=True), t(64, 64, 512, 4, 1, split=8, tma_x=True, tma_w=True)]  # fmt: skip
-        return [(DOWN, tiles), (DOWN_GIVEN, given)]
-    small = [t(64, 16, 256, 4, 3), t(64, 32, 256, 4, 2), t(64, 32, 128, 4, 3)]
-    small += [replace(tile, tma_x=True, tma_w=w, rotate=r) for tile in (*small, t(64, 16, 256, 4, 4), t(64, 16, 512, 4, 2), t(64, 32, 256, 4, 3))
-              for w in (False, True) for r in ((False, True) if tile.stages == 3 and tile.bn == 16 else (False,))]  # fmt: skip
-    return [(QKV, small), (OUT, small)]
+        rows = [(64, 512, 8, 8, 1), (64, 512, 8, 16, 1), (64, 256, 8, 8, 2), (64, 256, 16, 8, 1), (32, 512, 8, 8, 1), (128, 256, 16, 8, 1),
+                (128, 512, 8, 8, 1), (32, 512, 4, 8, 1), (64, 512, 8, 4, 1), (64, 512, 4, 8, 1)]  # fmt: skip
+        tiles = [t(64, bn, bk, w, s, split=p, trigger=g) for bn, bk, p, w, s in rows for g in (0, 1)]
+        tiles += [t(64, bn, bk, w, s, split=p, tma_x=True, tma_w=True) for bn, bk, p, w, s in rows]
+        rows = [(32, 256, 4, 4, 3), (64, 256, 8, 4, 2), (64, 256, 8, 8, 2), (64, 512, 8, 8, 1), (32, 512, 4, 4, 2), (32, 512, 8, 4, 1),
+                (16, 512, 2, 4, 3), (32, 256, 8, 4, 2), (16, 512, 4, 4, 2), (32, 128, 4, 4, 6), (64, 128, 8, 4, 4)]  # fmt: skip
+        given = [t(64, bn, bk, w, s, split=p, tma_x=True, tma_w=True) for bn, bk, p, w, s in rows]
+        given += [t(64, 64, 512, 8, 1, split=8), t(64, 32, 512, 4, 1, split=8), t(64, 32, 256, 4, 3, split=4)]
+        nvfp4 = [t(64, 32, 256, 4, 3, split=4, tma_x=True, tma_w=True), t(64, 64, 256, 4, 2, split=8, swap=True, tma_x=True, tma_w=True),
+                 t(64, 64, 256, 4, 2, split=8, tma_x=True, tma_w=True), t(64, 64, 128, 4, 4, split=8, swap=True, tma_x=True)]  # fmt: skip
+        return [(DOWN, tiles), (DOWN_GIVEN, given), (DOWN_NVFP4, nvfp4)]
+    small = [t(64, 16, 256, 4, 4, tma_x=True), t(64, 32, 256, 4, 3, tma_x=True, tma_w=True), t(64, 32, 256, 4, 3, tma_x=True),
+             t(64, 32, 256, 4, 2, tma_x=True, tma_w=True, split=2), t(64, 64, 256, 4, 2, tma_x=True, tma_w=True, split=2),
+             t(64, 32, 256, 4, 2, tma_x=True, tma_w=True, split=4), t(64, 64, 256, 4, 2, tma_x=True, tma_w=True, split=4),
+             t(64, 16, 256, 4, 3, tma_x=True, tma_w=True, split=2), t(64, 64, 256, 4, 1, split=8), t(64, 32, 256, 4, 1, split=8)]  # fmt: skip
+    return [(QKV, small[:8]), (OUT, small)]
 
 
 GROUPS = ("expert", "prefix_small", "prefix", "down", "bf16")

@@ -133,7 +133,9 @@ def _finish_rows(
         y = tl.load(y_ptr + row * N * 2 + both, mask=both < N * 2, other=0.0).to(tl.float32)
         if row_scale_ptr is not None:
             y = y * (tl.load(row_scale_ptr + row) * unit)
-        g, u = tl.split(y.reshape(BN, 2))
+        g, u = tl.split(tl.permute(y.reshape(BN // 8, 2, 8), (0, 2, 1)))
+        g = g.reshape(BN)
+        u = u.reshape(BN)
         if gate_shift_ptr is not None:
             g += tl.load(gate_shift_ptr + n, mask=mask, other=0.0)
             u += tl.load(up_shift_ptr + n, mask=mask, other=0.0)
@@ -298,7 +300,7 @@ def finish_geglu(
     out_scale: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> None:
-    """``out = gelu_tanh(gate) * up`` in one kernel; ``y`` [M, 2F] with gate and up interleaved, ``out`` [M, F]."""
+    """``out = gelu_tanh(gate) * up`` in one kernel; ``y`` [M, 2F] with gate and up by eights (packing.py), ``out`` [M, F]."""
     m, f = out.shape
     _finish_rows[(m, triton.cdiv(f, FINISH_COLUMNS))](
         y, row_scale, None, None, None, gate_shift, up_shift, out, out_scale, None, None, None, unit,

@@ -146,6 +146,14 @@ def prefetch_lines(base, lines):
 
 
 @triton.jit
+def load_acquire(pointer):
+    """One int32 by every thread; what another program released before it is visible behind this load."""
+    return tl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [pointer], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def gelu_tanh(x, EXACT: tl.constexpr):
     """tanh-approximated GELU by a sigmoid: x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3).
 

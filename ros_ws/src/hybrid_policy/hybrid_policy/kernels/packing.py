@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import torch
 
+from hybrid_policy.errors import InputError
 from hybrid_policy.kernels.nvfp4 import GROUP, NVFP4Tensor, pack_codes, unpack_codes
 
 SLAB = 256
@@ -104,8 +105,22 @@ def unprepack(words: torch.Tensor, scales: torch.Tensor, global_scale: torch.Ten
 
 
 def interleave_rows(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Rows gate 0, up 0, gate 1, up 1, …: a tile holds both halves of each GeGLU output."""
-    return torch.stack((gate, up), dim=1).flatten(0, 1).contiguous()
+    """Rows gate 0..7, up 0..7, gate 8..15, up 8..15, …
+
+    A tile holds both halves of each GeGLU output, and so does each thread: tensor-core accumulators give a thread rows
+    r and r + 8 (weights as A) or columns c and c + 8 (weights as B). Row counts are multiples of 8.
+    """
+    n = gate.shape[0]
+    if n % 8:
+        raise InputError.at("gate_up", "features", n, "a multiple of 8")
+    eights = torch.stack((gate.reshape(n // 8, 8, -1), up.reshape(n // 8, 8, -1)), dim=1)
+    return eights.reshape(2 * n, *gate.shape[1:]).contiguous()
+
+
+def separate_rows(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gate, up); the inverse of :func:`interleave_rows`."""
+    eights = both.reshape(both.shape[0] // 16, 2, 8, *both.shape[1:])
+    return eights[:, 0].flatten(0, 1).contiguous(), eights[:, 1].flatten(0, 1).contiguous()
 
 
 def interleave(gate: NVFP4Tensor, up: NVFP4Tensor) -> NVFP4Tensor:

@@ -8,8 +8,8 @@ packing.py), with the epilogues that the model needs. A program computes ``BM (+
   products scaled in float32. No quantisation kernel runs, and the scale is finer than one a token.
 - SWAP makes W the register operand (A) of the tensor core and x^T the shared one: the product runs asynchronously
   under the next tile's decode. Without SWAP, W is decoded into shared memory, which all warps then share.
-- SPLIT > 1 cuts K; each part writes a float32 tile, and the last to arrive adds the parts in their order (the result
-  does not depend on who that was) and runs the epilogue.
+- SPLIT > 1 cuts K; each part writes a float32 tile, waits for the others, and adds its share of the rows of all parts
+  in their order (the result does not depend on timing) before the epilogue.
 - PDL: weights are prefetched into L2 before the wait for the preceding kernel.
 """
 
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hybrid_policy.kernels.decode import fp8_group, gelu_tanh, nvfp4_tile, prefetch_lines, round_e4m3
+from hybrid_policy.kernels.decode import fp8_group, gelu_tanh, load_acquire, nvfp4_tile, prefetch_lines, round_e4m3
 
 
 @triton.jit
@@ -190,7 +190,9 @@ def _finish(
     if GEGLU:
         F: tl.constexpr = N // 2
         f = pid_n * (BN // 2) + tl.arange(0, BN // 2)
-        gate, up = tl.split(acc.reshape(BM, BN // 2, 2))
+        gate, up = tl.split(tl.permute(acc.reshape(BM, BN // 16, 2, 8), (0, 1, 3, 2)))
+        gate = gate.reshape(BM, BN // 2)
+        up = up.reshape(BM, BN // 2)
         if gate_shift_ptr is not None:
             gate += tl.load(gate_shift_ptr + f, mask=f < F, other=0.0)[None, :]
             up += tl.load(up_shift_ptr + f, mask=f < F, other=0.0)[None, :]
@@ -220,6 +222,16 @@ def _finish(
             tl.store(norm_ptr + at, (acc * factor[None, :]).to(norm_ptr.dtype.element_ty), mask=mask)
             total = tl.sum(tl.where((n < N)[None, :], acc * acc, 0.0), axis=1)
             tl.store(squares_ptr + pid_n * M + m, total, mask=m < M)
+
+
+@triton.jit
+def _sum_parts(partial_ptr, plane, m, n, width: tl.constexpr, SPLIT: tl.constexpr):
+    """The parts' tiles added in the order of the parts, whoever adds them."""
+    at = m[:, None] * width + n[None, :]
+    acc = tl.load(partial_ptr + at, cache_modifier=".cg")
+    for other in tl.static_range(1, SPLIT):
+        acc += tl.load(partial_ptr + other * plane + at, cache_modifier=".cg")
+    return acc
 
 
 @triton.jit
@@ -300,7 +312,7 @@ def stream_gemm(
 ):
     """See the module. Grid: (token tiles * row tiles * SPLIT,), token tiles fastest so that weights are read once.
 
-    N counts weight rows (gate and up interleaved when GEGLU); NVFP4 slabs are padded to a multiple of 128 rows.
+    N counts weight rows (gate and up by eights, see packing.py, when GEGLU); NVFP4 slabs are padded to a multiple of 128 rows.
     """
     NORM: tl.constexpr = factor_ptr is not None
     X_FP8: tl.constexpr = x_scale_ptr is not None
@@ -313,9 +325,9 @@ def stream_gemm(
     m_tiles = (M + BM + BM2 - 1) // (BM + BM2)
     n_tiles: tl.constexpr = (N + BN - 1) // BN
     pid = tl.program_id(0)
-    pid_m = pid % m_tiles
-    pid_n = (pid // m_tiles) % n_tiles
-    part = pid // (m_tiles * n_tiles)
+    part = pid % SPLIT
+    pid_m = (pid // SPLIT) % m_tiles
+    pid_n = pid // (SPLIT * m_tiles)
     k_begin = part * KS
     if PDL:
         if PREFETCH > 0:
@@ -393,24 +405,40 @@ def stream_gemm(
         else:
             acc = acc * tl.load(x_scale_ptr)
     if SPLIT > 1:
+        tl.static_assert(not NORM)
         # The part's tile, row-major [SPLIT, m_tiles * BM, n_tiles * BN].
         width: tl.constexpr = n_tiles * BN
-        at = m[:, None] * width + n[None, :]
         plane = m_tiles * BM * width
-        tl.store(partial_ptr + part * plane + at, acc)
+        tl.store(partial_ptr + part * plane + m[:, None] * width + n[None, :], acc)
         tl.debug_barrier()
         counter = counter_ptr + pid_n * m_tiles + pid_m
-        if tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1:
+        arrived = tl.atomic_add(counter, 1, sem="acq_rel")
+        if EXACT:
+            # Programs run one after another: the last to arrive finishes the whole tile.
+            if arrived % SPLIT == SPLIT - 1:
+                acc = _sum_parts(partial_ptr, plane, m, n, width, SPLIT)
+                _finish(
+                    acc, squares, m, pid_n, row_scale_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, out_scale_ptr,
+                    gate_shift_ptr, up_shift_ptr, norm_factor_ptr, norm_ptr, squares_ptr, M, eps, N, K, BM, BN, GEGLU,
+                    NORM, TILES, EXACT,
+                )  # fmt: skip
+        else:
+            # Each part waits for the others and finishes its share of the rows. The counter only ever grows (and may
+            # wrap); SPLIT is a power of two. The parts of a tile have consecutive program ids, which the hardware
+            # dispatches in order: at most one tile of a launch can be waiting for a part that has no place yet.
+            wanted = (arrived & -SPLIT) + SPLIT
+            seen = arrived + 1
+            while seen - wanted < 0:
+                seen = load_acquire(counter)
             tl.debug_barrier()
-            acc = tl.load(partial_ptr + at, cache_modifier=".cg")
-            for other in tl.static_range(1, SPLIT):
-                acc += tl.load(partial_ptr + other * plane + at, cache_modifier=".cg")
+            SHARE: tl.constexpr = BM // SPLIT
+            mine = first + part * SHARE + tl.arange(0, SHARE)
+            acc = _sum_parts(partial_ptr, plane, mine, n, width, SPLIT)
             _finish(
-                acc, squares, m, pid_n, row_scale_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, out_scale_ptr,
-                gate_shift_ptr, up_shift_ptr, norm_factor_ptr, norm_ptr, squares_ptr, M, eps, N, K, BM, BN, GEGLU, NORM,
-                TILES, EXACT,
+                acc, squares, mine, pid_n, row_scale_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, out_scale_ptr,
+                gate_shift_ptr, up_shift_ptr, norm_factor_ptr, norm_ptr, squares_ptr, M, eps, N, K, SHARE, BN, GEGLU,
+                NORM, TILES, EXACT,
             )  # fmt: skip
-            tl.store(counter, 0)
     else:
         _finish(
             acc, squares, m, pid_n, row_scale_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, out_scale_ptr,

@@ -157,12 +157,11 @@ class StreamGateUp(PackedGateUp):
 
     def effective_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Unpacked from the kernel's order."""
-        both = self.packed.dequantized()
-        return both[0::2], both[1::2]
+        return packing.separate_rows(self.packed.dequantized())
 
 
 def interleaved(gate: Weight, up: Weight) -> StreamWeight:
-    """One packed matrix of rows gate 0, up 0, gate 1, …, each row with its own tensor's scale."""
+    """One packed matrix of rows of gate and up by eights, each row with its own tensor's scale."""
     if isinstance(gate, nvfp4.NVFP4Tensor) and isinstance(up, nvfp4.NVFP4Tensor):
         n = gate.shape[0]
         globals_ = [tensor.global_scale.float().reshape(1, 1).expand(n, 1) for tensor in (gate, up)]

@@ -143,5 +143,4 @@ class W4A4GateUp(PackedGateUp):
 
     def effective_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Dequantised."""
-        both = self.packed.dequantized()
-        return both[0::2], both[1::2]
+        return packing.separate_rows(self.packed.dequantized())
