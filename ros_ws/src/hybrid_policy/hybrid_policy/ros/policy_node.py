@@ -313,9 +313,7 @@ class PolicyNode(LifecycleNode):
         if self._loop is None or self.values["dry_run"]:
             return
         others = self.count_publishers(self._output.topic) - 1
-        self._loop.contended = (
-            f"{self._output.topic}: {others} other publisher(s), expected none" if others > 0 else ""
-        )
+        self._loop.contended = f"{self._output.topic}: {others} other publisher(s), expected none" if others > 0 else ""
         if others > 0:
             self.reports.warn("contended", self._loop.contended)
 
@@ -360,11 +358,14 @@ def spin(node: PolicyNode) -> int:
             code = 0 if ready else 2
         loading = False
         while not stop.is_set() and code == 0:
-            executor.spin_once(timeout_sec=0.1)
+            try:
+                executor.spin_once(timeout_sec=0.1)
+            except ExternalShutdownException:
+                break
+            except Exception as error:  # a message that cannot even be unpacked must not end the node
+                node.reports.error("callback", f"dropped: {type(error).__name__}: {error}")
     except KeyboardInterrupt:
         code = 130
-    except ExternalShutdownException:
-        pass
     finally:
         loading = False
         node.finish()

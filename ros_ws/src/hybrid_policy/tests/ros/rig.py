@@ -111,8 +111,8 @@ class Rig:
         self.node = rclpy.create_node("rig", context=self._context)
         sensor = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
         make = self.node.create_publisher
-        self._images = {c.name: make(Image, c.topic, sensor) for c in self.robot.cameras}
-        self._joints = make(JointState, "joint_states", sensor)
+        self.images = {c.name: make(Image, c.topic, sensor) for c in self.robot.cameras}
+        self.joints = make(JointState, "joint_states", sensor)
         self._clock = make(Clock, "/clock", 10) if sim_time else None
         self.prompt = make(String, "prompt", 1)
         self._listener: Any = None
@@ -176,9 +176,9 @@ class Rig:
                 joints.header.stamp = time_message(now)
                 changed = self.faults.joints(joints)
                 if changed is not None:
-                    self._joints.publish(changed)
+                    self.joints.publish(changed)
             if count % 5 == 0:
-                for name, publisher in self._images.items():
+                for name, publisher in self.images.items():
                     image = self.faults.image(name, self._image(name, now), count // 5)
                     if image is not None:
                         publisher.publish(image)
@@ -202,9 +202,7 @@ class Rig:
         ]
         stamp = duration_ns(message.header.stamp)
         with self._lock:
-            reason = self.controller.receive(
-                jtc.Trajectory(list(message.joint_names), points, stamp), self.now()
-            )
+            reason = self.controller.receive(jtc.Trajectory(list(message.joint_names), points, stamp), self.now())
         if reason is not None:
             self.rejected.append(reason)
         self.heard.trajectories.append((time.monotonic(), message))
@@ -273,11 +271,7 @@ class Rig:
             speeds = np.array([p.velocities for p in message.points])
             assert (np.abs(speeds) <= limits.velocity + 1e-6).all()
             times = np.array([duration_ns(p.time_from_start) for p in message.points]) * 1e-9
-            steps = (
-                np.abs(np.diff(path, axis=0)) / np.diff(times)[:, None]
-                if len(times) > 1
-                else np.zeros((1, 3))
-            )
+            steps = np.abs(np.diff(path, axis=0)) / np.diff(times)[:, None] if len(times) > 1 else np.zeros((1, 3))
             assert (steps <= limits.velocity + 1e-4).all()
         assert self.rejected == []
 

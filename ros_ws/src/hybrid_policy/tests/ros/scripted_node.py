@@ -19,9 +19,7 @@ class ScriptedPolicy:
 
     def __init__(self, robot: RobotFile) -> None:
         cameras = tuple(camera.name for camera in robot.cameras)
-        self.spec = PolicySpec(
-            "scripted", cameras, len(robot.state_names), len(robot.action_names), 32, HORIZON
-        )
+        self.spec = PolicySpec("scripted", cameras, len(robot.state_names), len(robot.action_names), 32, HORIZON)
         self._raised = False
 
     def infer(

@@ -141,9 +141,7 @@ CASES = [
         Faults(image=on_front(lambda m, n: shift_stamp(m, -5 * SECOND))),
         r"front: 5[\d.]+ s old",
     ),
-    Case(
-        "camera 2 s ahead", Faults(image=on_front(lambda m, n: shift_stamp(m, 2 * SECOND))), "in the future"
-    ),
+    Case("camera 2 s ahead", Faults(image=on_front(lambda m, n: shift_stamp(m, 2 * SECOND))), "in the future"),
     Case(
         "camera 0.3 s late",
         Faults(image=on_front(lambda m, n: shift_stamp(m, -SECOND * 3 // 10))),
@@ -233,8 +231,23 @@ def test_bad_prompts_are_refused(rig: Rig, node: NodeUnderTest, name: str, data:
     rig.prompt.publish(data)
     rig.wait(lambda: said in node.text(), f"{said!r} in the log")
     rig.wait_running()
-    assert rig.diagnostic("synchronisation")[2]["prompt"] == "go"
+    rig.wait(lambda: rig.diagnostic("synchronisation")[2].get("prompt") == "go", "the old prompt")
     _table.append({"fault": name, "hold after (s)": None})
+
+
+def test_garbage_on_the_wire(rig: Rig, node: NodeUnderTest) -> None:
+    """Bytes that are no message of their type, on every topic."""
+    rig.wait_running()
+    random = np.random.default_rng(0)
+    for size in (0, 1, 7, 60, 3000):
+        for publisher in (rig.prompt, rig.joints, *rig.images.values()):
+            publisher.publish(b"\x00\x01\x00\x00" + random.bytes(size))
+            time.sleep(0.01)
+    began = time.monotonic()
+    rig.wait(lambda: len(rig.chunks(began)) > 10, "chunks that go on")
+    rig.wait(lambda: rig.diagnostic("synchronisation")[2].get("prompt") == "go", "the old prompt")
+    rig.check_commands()
+    _table.append({"fault": "garbage on every topic", "hold after (s)": None})
 
 
 @pytest.mark.parametrize(

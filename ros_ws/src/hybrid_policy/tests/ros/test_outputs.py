@@ -131,9 +131,7 @@ def test_dry_run_limits_from_a_urdf_and_a_latched_prompt(tmp_path: Path) -> None
     prompt.publish(String(data="a latched task"))
     preview = Topic(rig, JointTrajectory, "policy_node/preview")
     try:
-        node = NodeUnderTest(
-            rig, dry_run=True, tracking_tolerance=0.0, **{"rt.fifo_priority": 99, "rt.mlockall": True}
-        )
+        node = NodeUnderTest(rig, dry_run=True, tracking_tolerance=0.0, **{"rt.fifo_priority": 99, "rt.mlockall": True})
         rig.wait(lambda: len(preview.heard) > 5, "previews")
         assert rig.heard.trajectories == []  # the robot itself was told nothing
         path = np.vstack([[p.positions for p in m.points] for _, m in preview.heard])
