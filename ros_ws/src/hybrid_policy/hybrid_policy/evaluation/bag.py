@@ -58,11 +58,17 @@ class BagSource(Protocol):
     problems: list[str]
 
     @property
-    def topics(self) -> Mapping[str, BagTopic]: ...
+    def topics(self) -> Mapping[str, BagTopic]:
+        """Topics by name."""
+        ...
 
-    def messages(self, topics: Collection[str]) -> Iterator[BagMessage]: ...
+    def messages(self, topics: Collection[str]) -> Iterator[BagMessage]:
+        """Messages of ``topics`` (all, if empty) in the order of recording, streamed."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free what was opened or unpacked."""
+        ...
 
 
 class RosbagsSource:
@@ -96,9 +102,7 @@ class RosbagsSource:
     def _add(self, found: bag_files.FoundTopic) -> None:
         known = self._topics.get(found.name)
         if known is None:
-            self._topics[found.name] = BagTopic(
-                found.name, found.type, found.count, found.encoding, found.definition
-            )
+            self._topics[found.name] = BagTopic(found.name, found.type, found.count, found.encoding, found.definition)
         elif known.type != found.type:
             self.problems.append(
                 f"{self.path.name}: topic {found.name} has two types, {known.type} and {found.type}: "
@@ -174,9 +178,7 @@ class RosbagsSource:
             return [self.path / Path(str(name)).name for name in information["relative_file_paths"]]
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.problems.append(
-                f"{self.path.name}: metadata.yaml is unreadable ({first}): files read in name order"
-            )
+            self.problems.append(f"{self.path.name}: metadata.yaml is unreadable ({first}): files read in name order")
             return None
 
     def _plain(self, file: Path) -> Path:
@@ -255,9 +257,7 @@ def find_bags(paths: Collection[str | Path]) -> list[Path]:
             continue
         inside = sorted((p for p in path.iterdir() if p.is_dir() and _is_bag_folder(p)), key=_natural)
         if not inside:
-            raise InputError(
-                f"{path}: neither a bag nor a folder of bags (no *.mcap, *.db3 or metadata.yaml)"
-            )
+            raise InputError(f"{path}: neither a bag nor a folder of bags (no *.mcap, *.db3 or metadata.yaml)")
         found += inside
     return found
 

@@ -190,9 +190,7 @@ def _sqlite_topics(file: Path, problems: list[str]) -> list[FoundTopic]:
         counts[topic] = counts.get(topic, 0) + 1
     found = [FoundTopic(name, kind, counts.get(name, 0)) for name, kind in rows]
     return [
-        replace(t, encoding=definitions[t.type][0], definition=definitions[t.type][1])
-        if t.type in definitions
-        else t
+        replace(t, encoding=definitions[t.type][0], definition=definitions[t.type][1]) if t.type in definitions else t
         for t in found
     ]
 
@@ -212,12 +210,8 @@ def _scan_sqlite(file: Path, problems: list[str]) -> Iterator[Raw]:
     count = 0
     try:
         with closing(_connect(file)) as database:
-            names = {
-                key: (name, kind) for key, name, kind in database.execute("SELECT id,name,type FROM topics")
-            }
-            for key, t_ns, data in database.execute(
-                "SELECT topic_id,timestamp,data FROM messages ORDER BY id"
-            ):
+            names = {key: (name, kind) for key, name, kind in database.execute("SELECT id,name,type FROM topics")}
+            for key, t_ns, data in database.execute("SELECT topic_id,timestamp,data FROM messages ORDER BY id"):
                 if key in names:
                     count += 1
                     yield *names[key], t_ns, memoryview(data)

@@ -101,7 +101,7 @@ def run_job(job: BagJob, tell: Tell = lambda _fraction, _text: None) -> dict[str
     result = {"name": job.name, "bag": str(job.bag), **result, "fingerprint": mark}
     result.setdefault("measured", {})["wall_seconds"] = time.perf_counter() - began
     with (job.folder / SERIES).open("wb") as file:
-        np.savez_compressed(file, **series)
+        np.savez_compressed(file, allow_pickle=False, **series)
     partial = job.folder / (RESULT + ".part")
     partial.write_text(json.dumps(clean(result), indent=1), "utf-8")
     partial.replace(job.folder / RESULT)
@@ -176,9 +176,7 @@ def _own_joints(
         result["recorded"] = {"source": used.actions.source, "messages": len(used.actions)}
         result["inputs"] = [metrics.inputs(topic, used.start) for topic in used.topics.values()]
         result["robot_file_sketch"] = sketch(file, used)
-        result["notes"] = [
-            line for line in known.notes if not line.startswith(("recorded", known.match.command))
-        ]
+        result["notes"] = [line for line in known.notes if not line.startswith(("recorded", known.match.command))]
         result["notes"] += [line for line in used.notes if line not in known.match.notes]
         result["notes"].append(
             "joints: evaluated by the bag's own names; robot_file_sketch has them as a robot file's section"
@@ -224,8 +222,8 @@ def _compare_published(passes: list[PolicyPass], result: dict[str, Any]) -> None
             result["recipes"][one.run_record.recipe]["parity"] = parity(one.pairs)
             if one.unmatched:
                 result["notes"].append(
-                    f"{one.run_record.recipe}: {len(one.unmatched)} chunks of the log have inputs that the bag "
-                    f"lacks (the first is {one.unmatched[0]}); what follows may differ from the run"
+                    f"{one.run_record.recipe}: {len(one.unmatched)} chunks of the log have inputs that the "
+                    f"bag lacks (the first is {one.unmatched[0]}); what follows may differ from the run"
                 )
 
 

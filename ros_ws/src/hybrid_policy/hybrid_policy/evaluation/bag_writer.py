@@ -34,9 +34,7 @@ class BagWriter:
         if storage not in STORAGE:
             raise InputError(f"storage: {storage!r} given, expected {' or '.join(STORAGE)}")
         if compression not in COMPRESSION or (storage == "sqlite3" and compression == "chunk"):
-            raise InputError(
-                f"compression: {compression!r} given with {storage}, expected none, message or file"
-            )
+            raise InputError(f"compression: {compression!r} given with {storage}, expected none, message or file")
         if path.exists():
             raise InputError(f"{path}: exists already, expected a new folder for the bag")
         self.path = path
@@ -76,9 +74,7 @@ class BagWriter:
 
     def stamp(self, t_ns: int) -> Any:
         """builtin_interfaces/Time of nanoseconds."""
-        return self.types.types["builtin_interfaces/msg/Time"](
-            sec=t_ns // 1_000_000_000, nanosec=t_ns % 1_000_000_000
-        )
+        return self.types.types["builtin_interfaces/msg/Time"](sec=t_ns // 1_000_000_000, nanosec=t_ns % 1_000_000_000)
 
     def header(self, t_ns: int, frame: str = "") -> Any:
         """std_msgs/Header."""
@@ -118,10 +114,8 @@ class BagWriter:
         """std_msgs/String."""
         return self.types.types["std_msgs/msg/String"](data=value)
 
-    def trajectory(
-        self, t_ns: int, names: list[str], positions: NDArray[np.float64], times: NDArray[np.int64]
-    ) -> Any:
-        """trajectory_msgs/JointTrajectory: positions [points, joints], due ``times`` [points] ns after ``t_ns``."""
+    def trajectory(self, t_ns: int, names: list[str], positions: NDArray[np.float64], times: NDArray[np.int64]) -> Any:
+        """trajectory_msgs/JointTrajectory: positions [points, joints], due ``times`` [points] ns after it."""
         point = self.types.types["trajectory_msgs/msg/JointTrajectoryPoint"]
         duration = self.types.types["builtin_interfaces/msg/Duration"]
         empty = np.empty(0)
@@ -149,9 +143,7 @@ class BagWriter:
     def twist(self, t_ns: int, values: NDArray[np.float64], frame: str = "base_link") -> Any:
         """geometry_msgs/TwistStamped of (x, y, z, roll, pitch, yaw) in m/s and rad/s."""
         vector = self.types.types["geometry_msgs/msg/Vector3"]
-        linear, angular = (
-            vector(x=float(v[0]), y=float(v[1]), z=float(v[2])) for v in (values[:3], values[3:6])
-        )
+        linear, angular = (vector(x=float(v[0]), y=float(v[1]), z=float(v[2])) for v in (values[:3], values[3:6]))
         return self.types.types["geometry_msgs/msg/TwistStamped"](
             header=self.header(t_ns, frame),
             twist=self.types.types["geometry_msgs/msg/Twist"](linear=linear, angular=angular),

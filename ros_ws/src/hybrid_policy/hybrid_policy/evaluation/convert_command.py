@@ -2,10 +2,12 @@
 
 The bag holds what the robot would have published: its cameras, joint states and prompt, each stamped
 with its frame's time, and the dataset's actions on the command topic (a trajectory of one point each,
-recorded at the frame's time). `hybrid-policy replay` reads it, and so do `ros2 bag play`, Foxglove and PlotJuggler.
+recorded at the frame's time). `hybrid-policy replay` reads it, and so do `ros2 bag play`, Foxglove and
+PlotJuggler.
 
   hybrid-policy convert ~/datasets/g1 g1_bag --robot g1
-  hybrid-policy convert ~/datasets/aloha bag --robot arm.yaml --episode 12 --camera base_0_rgb=observation.images.top
+  hybrid-policy convert ~/datasets/aloha bag --robot arm.yaml --episode 12 \\
+      --camera base_0_rgb=observation.images.top
 
 Values are taken to be in the checkpoint's convention (the robot file's `policy.conventions`), as
 datasets made for training are. Cameras and joints are matched by name, else by number and order.
@@ -38,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("dataset", type=Path, help="the dataset's folder (holds meta/info.json)")
     parser.add_argument("bag", type=Path, help="the bag to write: a new folder")
-    parser.add_argument(
-        "--robot", required=True, help="robot file, or the name of one that ships (g1, sim_aloha)"
-    )
+    parser.add_argument("--robot", required=True, help="robot file, or the name of one that ships (g1, sim_aloha)")
     parser.add_argument("--episode", type=int, help="episode index (default: the first whose data is there)")
     parser.add_argument(
         "--camera",
@@ -52,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="the task (default: the dataset's)")
     parser.add_argument("--storage", choices=STORAGE, default="mcap", help="default: %(default)s")
     parser.add_argument("--compression", choices=COMPRESSION, default="none", help="default: %(default)s")
-    parser.add_argument(
-        "--jpeg-quality", type=int, default=90, help="of compressed cameras (default: %(default)s)"
-    )
+    parser.add_argument("--jpeg-quality", type=int, default=90, help="of compressed cameras (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace a bag that is there")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
@@ -70,9 +68,7 @@ def run(args: argparse.Namespace) -> int:
         if not (args.bag / "metadata.yaml").exists():
             raise InputError(f"{args.bag}: not a bag, so --force does not replace it")
         shutil.rmtree(args.bag)
-    written = convert(
-        episode, robot, args.bag, cameras, args.prompt, args.storage, args.compression, args.jpeg_quality
-    )
+    written = convert(episode, robot, args.bag, cameras, args.prompt, args.storage, args.compression, args.jpeg_quality)
     if args.json:
         print(json.dumps(written))
     else:
@@ -195,9 +191,7 @@ def _joint_positions(robot: RobotFile, state: NDArray[np.float64]) -> NDArray[np
     """The checkpoint's state [frames, state] -> joint positions [frames, joints] in ROS units."""
     lacking = [name for name in robot.joint_names if name not in robot.state_names]
     if lacking:
-        raise InputError(
-            f"{robot.path}: joints {', '.join(lacking)} are not in policy.state, so no dataset has them"
-        )
+        raise InputError(f"{robot.path}: joints {', '.join(lacking)} are not in policy.state, so no dataset has them")
     positions = np.empty((len(state), len(robot.joint_names)))
     for column, name in enumerate(robot.state_names):
         used = robot.conventions.get(name, Convention())
@@ -222,9 +216,7 @@ def _write_frame(writer: BagWriter, camera: Camera, pixels: NDArray[np.uint8], t
     writer.write(_topic(camera.topic), kind, message, t)
 
 
-def _write_command(
-    writer: BagWriter, robot: RobotFile, names: list[str], command: NDArray[np.float64], t: int
-) -> None:
+def _write_command(writer: BagWriter, robot: RobotFile, names: list[str], command: NDArray[np.float64], t: int) -> None:
     topic = _topic(robot.command.topic)
     if robot.command.interface == "joint_trajectory":
         # Stamp 0: a controller that hears the bag starts the step when it arrives.

@@ -47,7 +47,8 @@ class DelayModel:
         if not self.recorded:
             return f"{self.fixed * 1e-6:g} ms fixed"
         spread = np.percentile(np.array(self.recorded) * 1e-6, [50, 99])
-        return f"drawn from {self.source} ({len(self.recorded)} delays, p50 {spread[0]:.1f}, p99 {spread[1]:.1f} ms)"
+        percentiles = f"p50 {spread[0]:.1f}, p99 {spread[1]:.1f} ms"
+        return f"drawn from {self.source} ({len(self.recorded)} delays, {percentiles})"
 
 
 def read_log(path: Path) -> list[Mapping[str, Any]]:

@@ -65,12 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="a checkpoint directory (default: the shipped policy of the simulated robot)",
     )
-    parser.add_argument(
-        "--recipe", nargs="+", default=["bf16"], help="names or files of recipes (default: bf16)"
-    )
-    parser.add_argument(
-        "--episodes", type=int, default=50, help="scenes for each recipe and delay (default: 50)"
-    )
+    parser.add_argument("--recipe", nargs="+", default=["bf16"], help="names or files of recipes (default: bf16)")
+    parser.add_argument("--episodes", type=int, default=50, help="scenes for each recipe and delay (default: 50)")
     parser.add_argument(
         "--delay", type=float, nargs="+", default=[0.1], help="made delays of inference, s (default: 0.1)"
     )
@@ -78,26 +74,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunking", choices=CHUNKING, default="rtc", help="how chunks follow each other (default: rtc)"
     )
-    parser.add_argument(
-        "--limit", type=float, default=TIME_LIMIT, help=f"s an episode (default: {TIME_LIMIT:g})"
-    )
+    parser.add_argument("--limit", type=float, default=TIME_LIMIT, help=f"s an episode (default: {TIME_LIMIT:g})")
     parser.add_argument("--seed", type=int, default=0, help="of the first scene and its noise (default: 0)")
     parser.add_argument("--distractor", action="store_true", help="put a third cube on the table")
     parser.add_argument("--switch", action="store_true", help="after the lift, prompt for the other cube too")
-    parser.add_argument(
-        "--plain", action="store_true", help="no random light, shades, sizes, start pose, phrases"
-    )
+    parser.add_argument("--plain", action="store_true", help="no random light, shades, sizes, start pose, phrases")
     parser.add_argument("--robot", default="sim_aloha", help="robot file (default: sim_aloha)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument(
-        "--jobs", type=int, default=max(1, os.cpu_count() or 1), help="processes (default: one a core)"
-    )
-    parser.add_argument(
-        "--expect", type=float, help="least success (0 to 1) of every recipe; below it: exit 1"
-    )
-    parser.add_argument(
-        "--json", nargs="?", const="-", help="figures as JSON, to a file or (-) standard output"
-    )
+    parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="processes (default: one a core)")
+    parser.add_argument("--expect", type=float, help="least success (0 to 1) of every recipe; below it: exit 1")
+    parser.add_argument("--json", nargs="?", const="-", help="figures as JSON, to a file or (-) standard output")
     parser.add_argument("--chart", type=Path, help="bar chart (PNG); with several delays, success over delay")
 
 
@@ -123,9 +109,7 @@ def run(args: argparse.Namespace) -> int:
     robot = resolve(args.robot, "config/robots")
     for recipe in args.recipe:
         load_recipe(recipe)  # a wrong name is told before anything starts
-    scenes = SceneSettings(
-        randomise=not args.plain, phrasings=not args.plain, distractor=float(args.distractor)
-    )
+    scenes = SceneSettings(randomise=not args.plain, phrasings=not args.plain, distractor=float(args.distractor))
     cases = [(recipe, delay) for recipe in args.recipe for delay in args.delay]
     jobs = [
         Job(
@@ -135,9 +119,7 @@ def run(args: argparse.Namespace) -> int:
             str(robot),
             args.seed + episode,
             scenes,
-            LoopSettings(
-                rate=args.rate, delay=delay, limit=args.limit, switch=args.switch, chunking=args.chunking
-            ),
+            LoopSettings(rate=args.rate, delay=delay, limit=args.limit, switch=args.switch, chunking=args.chunking),
         )
         for recipe, delay in cases
         for episode in range(args.episodes)
@@ -154,9 +136,7 @@ def run(args: argparse.Namespace) -> int:
         "limit": args.limit,
         "switch": args.switch,
         "chunking": args.chunking,
-        "results": [
-            {"recipe": recipe, "delay": delay, **summarise(done[recipe, delay])} for recipe, delay in cases
-        ],
+        "results": [{"recipe": recipe, "delay": delay, **summarise(done[recipe, delay])} for recipe, delay in cases],
     }
     if args.chart is not None:
         draw(figures, args.chart)

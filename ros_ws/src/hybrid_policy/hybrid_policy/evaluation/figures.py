@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,8 @@ _STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GRID,
     "grid.linewidth": 0.7, "axes.axisbelow": True, "xtick.color": INK, "ytick.color": INK, "text.color": INK,
     "xtick.major.size": 2.5, "ytick.major.size": 2.5, "legend.frameon": False, "lines.linewidth": 1.2,
-    "svg.hashsalt": "hybrid_policy", "svg.fonttype": "path", "figure.dpi": 110, "axes.formatter.useoffset": False,
+    "svg.hashsalt": "hybrid_policy", "svg.fonttype": "path", "figure.dpi": 110,
+    "axes.formatter.useoffset": False,
 }  # fmt: skip
 
 
@@ -85,9 +86,7 @@ def joints(series: Series, names: Sequence[str], origin: int) -> str:
 
 def errors(bag: Mapping[str, Any], recipes: Sequence[str]) -> str:
     """Error to the recorded actions: by joint, by step of the horizon."""
-    found = {
-        r: bag["recipes"][r]["against_recorded"] for r in recipes if bag["recipes"][r]["against_recorded"]
-    }
+    found = {r: bag["recipes"][r]["against_recorded"] for r in recipes if bag["recipes"][r]["against_recorded"]}
     if not found:
         return ""
     with _style():
@@ -97,17 +96,13 @@ def errors(bag: Mapping[str, Any], recipes: Sequence[str]) -> str:
         width = 0.8 / len(found)
         for k, (recipe, one) in enumerate(found.items()):
             at = np.arange(count) + (k - (len(found) - 1) / 2) * width
-            axes[0].bar(
-                at, [j["mae"] for j in one["joints"]], width, color=_colour(recipes, recipe), label=recipe
-            )
+            axes[0].bar(at, [j["mae"] for j in one["joints"]], width, color=_colour(recipes, recipe), label=recipe)
             steps = np.arange(len(one["horizon"]["mae"]))
             values = np.array([np.nan if v is None else v for v in one["horizon"]["mae"]])
             axes[1].plot(steps, values, color=_colour(recipes, recipe), marker="o", ms=2.5, label=recipe)
         if "hold" in first:
             axes[1].axhline(first["hold"]["mae"], color=FAINT, ls="--", lw=1.0, label="standing still (mean)")
-        axes[0].set_xticks(
-            np.arange(count), [j["name"] for j in first["joints"]], rotation=55, ha="right", fontsize=7
-        )
+        axes[0].set_xticks(np.arange(count), [j["name"] for j in first["joints"]], rotation=55, ha="right", fontsize=7)
         axes[0].set_title("Mean absolute error by joint (rad; m for grippers)")
         axes[0].grid(axis="x", visible=False)
         axes[1].set_title("by step of the horizon")
@@ -181,8 +176,8 @@ def latency(bag: Mapping[str, Any], series: Series, recipes: Sequence[str]) -> s
         count = int(np.clip(1.5 * np.sqrt(len(joined)), 12, 50))
         edges = np.linspace(joined.min() * 0.95, np.percentile(joined, 99.5) * 1.05 + 1e-6, count)
         for recipe in known:
-            axes[0].hist(np.clip(values[recipe], edges[0], edges[-1]), bins=edges, color=_colour(recipes, recipe),
-                         alpha=0.55, label=recipe)  # fmt: skip
+            shown = np.clip(values[recipe], edges[0], edges[-1])
+            axes[0].hist(shown, bins=edges.tolist(), color=_colour(recipes, recipe), alpha=0.55, label=recipe)
         axes[0].set_title("Inference on this machine (ms); the last bin holds what is beyond")
         axes[0].set_ylabel("chunks")
         axes[0].legend(fontsize=7)
@@ -199,9 +194,10 @@ def inputs(bag: Mapping[str, Any], series: Series, origin: int) -> str:
         figure, axes = _plots(1, 1, (_WIDTH, 0.42 * len(rows) + 0.75))
         axis = axes[0]
         for y, one in enumerate(rows):
-            stamps = (series[f"stamps/{one['role']}"] - origin) * 1e-9
-            axis.plot(stamps[_thin(len(stamps))], np.full(len(stamps[_thin(len(stamps))]), y), "|", color=COLOURS[0],
-                      ms=9, mew=0.4, alpha=0.7, rasterized=len(stamps) > 400)  # fmt: skip
+            stamps = series[f"stamps/{one['role']}"]
+            times = (stamps[_thin(len(stamps))] - origin) * 1e-9
+            many = len(times) > 400
+            axis.plot(times, np.full(len(times), y), "|", color=COLOURS[0], ms=9, mew=0.4, rasterized=many)
             for gap in one["gap_list"]:
                 axis.barh(y, gap["seconds"], left=gap["at"], height=0.5, color=ALARM, alpha=0.6)
         axis.set_yticks(range(len(rows)), [one["role"] for one in rows])
@@ -252,9 +248,7 @@ def _finish_grid(axes: Sequence[Axes], used: int, columns: int) -> None:
 
 
 def _stages(axis: Axes, measured: Mapping[str, Any], known: Sequence[str]) -> None:
-    stages = [
-        s for s in ("preprocess", "vision", "prefix", "denoise", "postprocess") if s in measured[known[0]]
-    ]
+    stages = [s for s in ("preprocess", "vision", "prefix", "denoise", "postprocess") if s in measured[known[0]]]
     left = np.zeros(len(known))
     shades = ("#cbd2d9", "#56b4e9", "#0072b2", "#003f66", "#9aa5b1")
     for stage, shade in zip(stages, shades):
@@ -309,7 +303,7 @@ def _style() -> Any:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    return mpl.rc_context(_STYLE)
+    return mpl.rc_context(cast("Any", _STYLE))
 
 
 def _plots(

@@ -195,7 +195,7 @@ def published(source: BagSource, topic: str) -> Iterator[Sent]:
 
 
 def parity(pairs: Sequence[tuple[Trajectory, Array | None]]) -> dict[str, float | int | None]:
-    """Trajectories replayed against those published: how many were found, and the largest difference (rad)."""
+    """Trajectories replayed against those published: how many were found, the largest difference (rad)."""
     gaps = [float(np.abs(sent - mine.positions).max()) if sent.shape == mine.positions.shape else float("inf")
             for mine, sent in pairs if sent is not None]  # fmt: skip
     return {

@@ -52,8 +52,7 @@ def write_layout(robot: RobotFile, recipes: Sequence[str], path: Path) -> None:
 def _plot(name: str, index: int, recipes: Sequence[str]) -> dict[str, Any]:
     curves = [("recorded", "/replay/recorded", INK)]
     curves += [
-        (recipe, f"/replay/{topic_name(recipe)}/command", COLOURS[k % len(COLOURS)])
-        for k, recipe in enumerate(recipes)
+        (recipe, f"/replay/{topic_name(recipe)}/command", COLOURS[k % len(COLOURS)]) for k, recipe in enumerate(recipes)
     ]
     return {
         "foxglovePanelTitle": name,

@@ -73,9 +73,7 @@ class LeRobotEpisode:
         try:
             values = np.array(self.table[key].to_pylist(), dtype=np.float64)
         except (ValueError, TypeError) as error:
-            raise InputError(
-                f"{self.root}: {key}: rows of unlike length, expected one vector a frame"
-            ) from error
+            raise InputError(f"{self.root}: {key}: rows of unlike length, expected one vector a frame") from error
         return values.reshape(self.length, -1)
 
     @cached_property
@@ -175,7 +173,7 @@ def _open_v2(root: Path, info: Mapping[str, Any], index: int | None) -> LeRobotE
 
 
 def _open_v3(root: Path, info: Mapping[str, Any], index: int | None) -> LeRobotEpisode:
-    import pyarrow.compute as compute
+    from pyarrow import compute
 
     rows: list[dict[str, Any]] = []
     for path in sorted((root / "meta" / "episodes").glob("**/*.parquet")):
@@ -195,9 +193,7 @@ def _open_v3(root: Path, info: Mapping[str, Any], index: int | None) -> LeRobotE
     if not path.is_file():
         raise InputError(f"{root}: episode {index}: no data at {path.relative_to(root)}")
     table = _read(path)
-    return LeRobotEpisode(
-        root, index, info, table.filter(compute.equal(table["episode_index"], index)), location
-    )
+    return LeRobotEpisode(root, index, info, table.filter(compute.equal(table["episode_index"], index)), location)
 
 
 def _tasks(root: Path) -> dict[int, str]:

@@ -101,9 +101,7 @@ class McapScan:
             if len(body) < length:
                 if opcode == _CHUNK:  # its first messages may still be whole
                     yield opcode, offset, memoryview(body)
-                raise _Damage(
-                    f"cut off at byte {offset}: a record of {length} bytes, {size - offset - 9} left"
-                )
+                raise _Damage(f"cut off at byte {offset}: a record of {length} bytes, {size - offset - 9} left")
             yield opcode, offset, memoryview(body)
 
     def _learn(self, summary: bytes) -> None:

@@ -151,11 +151,7 @@ def pair(run: RecipeRun, base: RecipeRun) -> list[tuple[ReplayedChunk, ReplayedC
     """Chunks of both runs that come from the same observation and the same draw of noise."""
     by_key = {(c.segment, c.number, c.stamp): c for c in base.chunks}
     keys = [(c, by_key.get((c.segment, c.number, c.stamp))) for c in run.chunks]
-    return [
-        (a, b)
-        for a, b in keys
-        if b is not None and np.isfinite(a.actions).all() and np.isfinite(b.actions).all()
-    ]
+    return [(a, b) for a, b in keys if b is not None and np.isfinite(a.actions).all() and np.isfinite(b.actions).all()]
 
 
 def motion(run: RecipeRun) -> dict[str, Any]:
@@ -168,9 +164,7 @@ def motion(run: RecipeRun) -> dict[str, Any]:
         "accepted": len(taken),
         "refused": len(run.chunks) - len(taken),
         "refusals": _reasons(c.reason for c in run.chunks if not c.accepted),
-        "seams": {
-            key: _spread(list(seams[:, i])) for i, key in enumerate(("position", "velocity", "acceleration"))
-        },
+        "seams": {key: _spread(list(seams[:, i])) for i, key in enumerate(("position", "velocity", "acceleration"))},
         "guard": {
             "chunks_limited": sum(any(c.clipped) for c in taken),
             "position": sum(c.clipped[0] for c in taken),
@@ -218,9 +212,7 @@ def inputs(topic: TopicSurvey, start: int) -> dict[str, Any]:
         "refused": dict(topic.refused.most_common()),
         "gaps": len(gaps),
         "longest_gap": max((seconds for _, seconds in gaps), default=0.0),
-        "gap_list": [
-            {"at": (at - start) * 1e-9, "seconds": s} for at, s in sorted(gaps, key=lambda g: -g[1])[:20]
-        ],
+        "gap_list": [{"at": (at - start) * 1e-9, "seconds": s} for at, s in sorted(gaps, key=lambda g: -g[1])[:20]],
         "lag": _spread([(a - s) * 1e-9 for a, s in zip(topic.arrivals, topic.stamps)]),
     }
 

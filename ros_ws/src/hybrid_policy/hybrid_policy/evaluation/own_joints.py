@@ -37,7 +37,7 @@ def by_own_names(source: BagSource, robot: RobotFile, known: Survey) -> tuple[Su
 
 
 def sketch(robot: RobotFile, own: Survey) -> str:
-    """The joints' section of a robot file for this bag, the limits those that the bag reached (to be widened)."""
+    """The joints' section of a robot file for this bag; the limits are those that the bag reached."""
     lines = ["joints:  # min and max are what this bag reached: widen them to the robot's own limits"]
     low, high = own.joints.min(axis=0), own.joints.max(axis=0)
     times = own.joint_times * 1e-9

@@ -48,9 +48,7 @@ class PolicyPass:
         self._cycle = ControlCycle(robot, policy, cycle)
         self._buffer = ObservationBuffer(robot, robot.policy_cameras(policy.spec))
         self._score = score
-        self._roles = {
-            topic: name for name, (topic, _) in known.match.cameras.items() if name in policy.spec.cameras
-        }
+        self._roles = {topic: name for name, (topic, _) in known.match.cameras.items() if name in policy.spec.cameras}
         self._segment = 0
         self._worst: list[Moment] = []
         self.run_record = RecipeRun(recipe)
@@ -78,9 +76,7 @@ class PolicyPass:
         chunk = self._policy.infer(running.observation, running.noise, running.previous)
         spent = time.perf_counter() - began
         if discard:
-            result = CycleResult(
-                running.observation, chunk, running.started, running.finished, reason=discard
-            )
+            result = CycleResult(running.observation, chunk, running.started, running.finished, reason=discard)
         else:
             result = self._cycle.accept(
                 running.observation, chunk, running.started, running.finished,
@@ -101,9 +97,7 @@ class PolicyPass:
         measured = None
         if newest is not None and len(self._robot.command_index):
             measured = newest[1][self._robot.command_index]
-        position = hold_position(
-            self._robot, None if commanded is None else commanded[0], measured, HOLD_TOLERANCE
-        )
+        position = hold_position(self._robot, None if commanded is None else commanded[0], measured, HOLD_TOLERANCE)
         if position is not None:
             self._cycle.hold(now, position)
 
@@ -158,9 +152,7 @@ def thumbnail(pixels: NDArray[np.uint8], width: int = _THUMBNAIL) -> NDArray[np.
     import cv2
 
     height = max(1, round(pixels.shape[0] * width / pixels.shape[1]))
-    return np.asarray(
-        cv2.resize(np.ascontiguousarray(pixels), (width, height), interpolation=cv2.INTER_AREA), np.uint8
-    )
+    return np.asarray(cv2.resize(np.ascontiguousarray(pixels), (width, height), interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def fit_robot(robot: RobotFile, known: Survey) -> RobotFile:

@@ -61,9 +61,7 @@ def _commands(writer: BagWriter, run: RecipeRun, robot: RobotFile, order: int) -
         yield time, order, topic, _STATE, writer.joint_state(time, names, command)
 
 
-def _recorded(
-    writer: BagWriter, run: RecipeRun, robot: RobotFile, recorded: Recorded, order: int
-) -> Iterator[_Entry]:
+def _recorded(writer: BagWriter, run: RecipeRun, robot: RobotFile, recorded: Recorded, order: int) -> Iterator[_Entry]:
     names = list(robot.command_names)
     values = recorded.during(run.executed_times, run.executed_segments)
     for time, told in zip(run.executed_times, values):

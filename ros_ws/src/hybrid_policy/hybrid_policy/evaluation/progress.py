@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -17,8 +17,8 @@ def progress(items: Iterable[T], what: str, unit: str, total: int | None = None)
     if not sys.stderr.isatty():
         yield from items
         return
-    if total is None:
-        total = len(items) if hasattr(items, "__len__") else None
+    if total is None and isinstance(items, Sized):
+        total = len(items)
     started, bar, task = time.monotonic(), None, None
     try:
         for count, item in enumerate(items):

@@ -62,9 +62,7 @@ class RecordedActions:
         """Take measured positions in place of a command (float64 [commands])."""
         self._append(time, segment, np.array([time], dtype=np.int64), values[None])
 
-    def _append(
-        self, arrival: int, segment: int, times: NDArray[np.int64], values: NDArray[np.float64]
-    ) -> None:
+    def _append(self, arrival: int, segment: int, times: NDArray[np.int64], values: NDArray[np.float64]) -> None:
         if self._arrivals and self._segments[-1] == segment:
             arrival = max(arrival, self._arrivals[-1])  # jitter of stamps must not undo the order
         self._arrivals.append(arrival)
@@ -137,9 +135,7 @@ class RecordedActions:
             point = getattr(message, "reference", None) or message.desired
             if not len(point.positions) and hasattr(message, "desired"):
                 point = message.desired
-            return now, self._by_name(
-                message.joint_names, np.asarray(point.positions, dtype=np.float64)[None]
-            )
+            return now, self._by_name(message.joint_names, np.asarray(point.positions, dtype=np.float64)[None])
         if kind == JOINT_STATE:
             return now, self._by_name(message.name, np.asarray(message.position, dtype=np.float64)[None])
         if kind == TWIST:
@@ -148,10 +144,10 @@ class RecordedActions:
             values += [np.nan] * (len(self.names) - 6)
             return now, np.array([values])
         if kind == FLOATS:
-            values = np.asarray(message.data, dtype=np.float64).reshape(-1)
-            if len(values) != len(self.names):
-                raise InputError(f"command: {len(values)} values given, expected {len(self.names)}")
-            return now, values[None]
+            data = np.asarray(message.data, dtype=np.float64).reshape(-1)
+            if len(data) != len(self.names):
+                raise InputError(f"command: {len(data)} values given, expected {len(self.names)}")
+            return now, data[None]
         raise InputError(f"command: type {kind} given, expected one that carries positions")
 
     def _trajectory(self, message: Any, arrival: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -167,9 +163,7 @@ class RecordedActions:
         """Columns in the order of ``names``; NaN for those that the message does not command."""
         given = list(given)
         if values.ndim != 2 or values.shape[1] != len(given):
-            raise InputError(
-                f"command: {values.shape[-1]} positions given, expected {len(given)} (one a joint)"
-            )
+            raise InputError(f"command: {values.shape[-1]} positions given, expected {len(given)} (one a joint)")
         out = np.full((len(values), len(self.names)), np.nan)
         columns = [(i, given.index(name)) for i, name in enumerate(self.names) if name in given]
         if not columns:

@@ -5,7 +5,8 @@ with a delay that the arguments determine, so two replays of one bag give the sa
 recipes the first is the one that the others are held against, on the same observations and noise.
 
   hybrid-policy replay run1 run2.mcap --robot sim_aloha
-  hybrid-policy replay bags/ --robot arm.yaml --checkpoint ckpt --recipe bf16 --recipe seed --fail-if 'action_cosine<0.99'
+  hybrid-policy replay bags/ --robot arm.yaml --checkpoint ckpt --recipe bf16 --recipe seed \\
+      --fail-if 'action_cosine<0.99'
   hybrid-policy replay run1 --robot arm.yaml --latency-log run1.jsonl --jobs 4 --output out
 
 Written to the output folder: report.html (one page, no network), report.json (docs/replay.md has its
@@ -49,20 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", default="sim_pi05", help="checkpoint folder, or one that ships (default: %(default)s)"
     )
-    parser.add_argument(
-        "--recipe", action="append", help="recipe file or name; may be repeated (default: bf16)"
-    )
+    parser.add_argument("--recipe", action="append", help="recipe file or name; may be repeated (default: bf16)")
     parser.add_argument("--inputs-only", action="store_true", help="look at the bags alone, without a policy")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
     parser.add_argument(
         "--cpu-threads",
         type=int,
         default=1,
-        help="of PyTorch on the CPU; another number gives other last digits (default: %(default)s, as the node)",
+        help="of PyTorch on the CPU; another number gives other last digits (default: %(default)s)",
     )
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("replay"), help="folder (default: ./replay)"
-    )
+    parser.add_argument("-o", "--output", type=Path, default=Path("replay"), help="folder (default: ./replay)")
     time = parser.add_argument_group("time")
     time.add_argument("--rate", type=float, default=5.0, help="inferences per second (default: %(default)s)")
     time.add_argument(
@@ -84,25 +81,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     topics.add_argument("--remap", action="append", default=[], metavar="FROM:=TO",
                         help="robot file's topic := bag's topic; may be repeated")  # fmt: skip
     topics.add_argument("--command-topic", default="", help="the topic with the recorded actions, if another")
-    topics.add_argument(
-        "--backend", choices=("rosbags", "rosbag2_py"), default="rosbags", help="default: %(default)s"
-    )
+    topics.add_argument("--backend", choices=("rosbags", "rosbag2_py"), default="rosbags", help="default: %(default)s")
     parser.add_argument("--fail-if", action="append", default=[], metavar="CONDITION",
                         help="e.g. 'action_cosine<0.99' or 'seed:holds>0'; exit 1 where it holds. Figures: "
                         + ", ".join(f.name for f in FIGURES))  # fmt: skip
     work = parser.add_argument_group("work")
-    work.add_argument(
-        "--jobs", type=int, default=1, help="bags at once, a process each (default: %(default)s)"
-    )
-    work.add_argument(
-        "--ray", action="store_true", help="each bag a Ray task (pip install 'hybrid_policy[ray]')"
-    )
+    work.add_argument("--jobs", type=int, default=1, help="bags at once, a process each (default: %(default)s)")
+    work.add_argument("--ray", action="store_true", help="each bag a Ray task (pip install 'hybrid_policy[ray]')")
     work.add_argument("--fresh", action="store_true", help="do bags anew that are done already")
     parser.add_argument("--no-html", action="store_true", help="write report.json alone")
     parser.add_argument("--no-predictions", action="store_true", help="write no bags of predictions")
-    parser.add_argument(
-        "--json", action="store_true", help="print report.json on stdout instead of the summary"
-    )
+    parser.add_argument("--json", action="store_true", help="print report.json on stdout instead of the summary")
     parser.add_argument("--policy", default=ENGINE, help=argparse.SUPPRESS)
 
 
@@ -149,9 +138,7 @@ def _settings(args: argparse.Namespace) -> ReplaySettings:
     if not 0.0 <= args.delay <= 60.0:
         raise InputError(f"--delay: {args.delay} given, expected seconds from 0 to 60")
     if not 0.0 < args.rate <= 1000.0:
-        raise InputError(
-            f"--rate: {args.rate} given, expected inferences per second, above 0 and at most 1000"
-        )
+        raise InputError(f"--rate: {args.rate} given, expected inferences per second, above 0 and at most 1000")
     if args.latency_log is not None:
         delay = from_log(args.latency_log, args.seed)
     elif args.follow_log is not None:
@@ -162,9 +149,7 @@ def _settings(args: argparse.Namespace) -> ReplaySettings:
     return ReplaySettings(args.rate, delay, cycle, args.duration)
 
 
-def _jobs(
-    args: argparse.Namespace, robot: Path, recipes: tuple[str, ...], settings: ReplaySettings
-) -> list[BagJob]:
+def _jobs(args: argparse.Namespace, robot: Path, recipes: tuple[str, ...], settings: ReplaySettings) -> list[BagJob]:
     checkpoint = args.checkpoint
     if recipes and args.policy == ENGINE:
         checkpoint = str(resolve(args.checkpoint, "checkpoints", "").resolve())
@@ -210,9 +195,10 @@ def _run(args: argparse.Namespace, jobs: Sequence[BagJob], bar: Bar) -> Iterator
     if not args.ray and args.jobs == 1:
         yield from batch.run_here(jobs, bar.update)
         return
-    running = batch.run_ray(jobs, 1.0 if args.device.startswith("cuda") else 0.0) if args.ray else batch.run_pool(
-        jobs, min(args.jobs, len(jobs))
-    )  # fmt: skip
+    if args.ray:
+        running = batch.run_ray(jobs, gpus=1.0 if args.device.startswith("cuda") else 0.0)
+    else:
+        running = batch.run_pool(jobs, min(args.jobs, len(jobs)))
     for count, done in enumerate(running, 1):
         bar.update(count / len(jobs), f"{count} of {len(jobs)} bags")
         yield done
@@ -224,9 +210,7 @@ def _told(
     return {
         "robot": robot.name,
         "commands": list(robot.command_names),
-        "command_spans": [
-            float(s) if np.isfinite(s) else 0.0 for s in robot.limits.upper - robot.limits.lower
-        ],
+        "command_spans": [float(s) if np.isfinite(s) else 0.0 for s in robot.limits.upper - robot.limits.lower],
         "checkpoint": Path(args.checkpoint).name,
         "recipes": list(recipes),
         "rate": settings.rate,
@@ -255,9 +239,7 @@ def _print(made: Mapping[str, Any], recipes: Sequence[str], output: Path, html: 
         for column in table.columns[1 : 1 + len(recipes)]:
             column.justify = "right"
         for figure in FIGURES:
-            values = [
-                {**made["summary"][r], **made["measured"]["summary"][r]}.get(figure.name) for r in recipes
-            ]
+            values = [{**made["summary"][r], **made["measured"]["summary"][r]}.get(figure.name) for r in recipes]
             if any(value is not None for value in values):
                 table.add_row(figure.name, *("–" if v is None else f"{v:.5g}" for v in values), figure.unit)
         console.print(table)

@@ -104,19 +104,20 @@ def verdict(
     failed = [c for c in checks if c.failed]
     absent = [b for b in bags if b.get("status") != "replayed"]
     if failed:
-        return failed[0].line.removeprefix("FAILED: ") + (
-            f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        )
+        return failed[0].line.removeprefix("FAILED: ") + (f" (and {len(failed) - 1} more)" if len(failed) > 1 else "")
     if absent:
         reasons = absent[0].get("lacks") or ["no reason known"]
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-        return f"{len(absent)} of {len(bags)} bags could not be replayed; {absent[0]['name']}: {reasons[0]}{more}"
+        count = f"{len(absent)} of {len(bags)} bags could not be replayed"
+        return f"{count}; {absent[0]['name']}: {reasons[0]}{more}"
     parts = [f"all {len(checks)} conditions kept"] if checks else []
     for recipe in recipes[1:]:
         row = figures[recipe]
         if row["action_cosine"] is not None and row["action_mae"] is not None:
-            parts.append(f"{recipe} is within {row['action_mae']:.2g} rad of {recipes[0]} "
-                         f"(cosine {row['action_cosine']:.5f}, worst {row['action_cosine_min']:.5f})")  # fmt: skip
+            parts.append(
+                f"{recipe} is within {row['action_mae']:.2g} rad of {recipes[0]} "
+                f"(cosine {row['action_cosine']:.5f}, worst {row['action_cosine_min']:.5f})"
+            )
     first = figures[recipes[0]] if recipes else {}
     if first.get("recorded_mae") is not None:
         parts.append(f"{recipes[0]} is {first['recorded_mae']:.3g} rad from the recorded actions")

@@ -29,8 +29,7 @@ class Rosbag2Source:
         self.problems: list[str] = []
         reader = self._reader()
         counts = {
-            entry.topic_metadata.name: entry.message_count
-            for entry in reader.get_metadata().topics_with_message_count
+            entry.topic_metadata.name: entry.message_count for entry in reader.get_metadata().topics_with_message_count
         }
         self._topics = {
             topic.name: BagTopic(topic.name, topic.type, counts.get(topic.name))

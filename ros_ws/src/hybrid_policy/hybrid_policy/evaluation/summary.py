@@ -1,4 +1,4 @@
-"""The figures that one looks at first, and that ``--fail-if`` can name: one number a recipe, over all bags."""
+"""The figures that one looks at first and ``--fail-if`` can name: one number a recipe, over all bags."""
 
 from __future__ import annotations
 
@@ -33,13 +33,17 @@ FIGURES = (
     Figure("action_cosine", ("against_first", "action_cosine", "mean"), "mean", "",
            "mean cosine of a chunk with the first recipe's on the same observation and noise"),
     Figure("action_cosine_min", ("against_first", "action_cosine", "min"), "min", "", "the worst chunk's"),
-    Figure("action_mae", ("against_first", "mae"), "mean", "rad", "mean absolute difference to the first recipe"),
+    Figure("action_mae", ("against_first", "mae"), "mean", "rad",
+           "mean absolute difference to the first recipe"),
     Figure("action_max", ("against_first", "max"), "max", "rad", "largest difference to the first recipe"),
     Figure("recorded_cosine", ("against_recorded", "action_cosine", "mean"), "mean", "",
            "mean cosine of a chunk with the recorded actions"),
-    Figure("recorded_mae", ("against_recorded", "mae"), "mean", "rad", "mean absolute error to the recorded actions"),
-    Figure("recorded_mse", ("against_recorded", "mse"), "mean", "rad^2", "mean squared error to the recorded actions"),
-    Figure("recorded_max", ("against_recorded", "max"), "max", "rad", "largest error to the recorded actions"),
+    Figure("recorded_mae", ("against_recorded", "mae"), "mean", "rad",
+           "mean absolute error to the recorded actions"),
+    Figure("recorded_mse", ("against_recorded", "mse"), "mean", "rad^2",
+           "mean squared error to the recorded actions"),
+    Figure("recorded_max", ("against_recorded", "max"), "max", "rad",
+           "largest error to the recorded actions"),
     Figure("motion_cosine", ("against_recorded", "motion_cosine", "mean"), "mean", "",
            "mean cosine of displacements from where the robot was: direction of motion"),
     Figure("skill", ("against_recorded", "skill"), "mean", "",
@@ -52,7 +56,8 @@ FIGURES = (
     Figure("guard_limited", ("guard", "chunks_limited"), "sum", "chunks", "chunks that the guard limited"),
     Figure("guard_refused", ("refused",), "sum", "chunks", "chunks that the guard refused"),
     Figure("holds", ("holds",), "sum", "", "times the robot would have been held"),
-    Figure("missed_starts", ("missed_starts",), "sum", "", "inferences not started: the one before still ran"),
+    Figure("missed_starts", ("missed_starts",), "sum", "",
+           "inferences not started: the one before still ran"),
     Figure("chunks", ("chunks",), "sum", "chunks", "inferences"),
     Figure("skew", ("skew", "max"), "max", "s", "largest spread of an observation's stamps"),
     Figure("input_gaps", ("inputs", "gaps"), "sum", "", "intervals over 2.5 expected ones, all inputs", True),
@@ -66,9 +71,7 @@ _ALONE = {"action_cosine": "recorded_cosine", "action_mae": "recorded_mae", "act
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
 }  # fmt: skip
-_FORM = re.compile(
-    r"^\s*(?:(?P<recipe>[^\s<>=]+)\s*:\s*)?(?P<name>\w+)\s*(?P<sign><=|>=|<|>)\s*(?P<bound>\S+)\s*$"
-)
+_FORM = re.compile(r"^\s*(?:(?P<recipe>[^\s<>=]+)\s*:\s*)?(?P<name>\w+)\s*(?P<sign><=|>=|<|>)\s*(?P<bound>\S+)\s*$")
 
 
 def summarise(bags: Sequence[Result], recipes: Sequence[str]) -> dict[str, dict[str, float | None]]:
@@ -86,7 +89,9 @@ def _over(bags: Sequence[Result], recipe: str, figure: Figure) -> float | None:
     if figure.over_bags == "mean":
         weight = sum(chunks for _, chunks in found)
         return sum(v * c for v, c in found) / weight if weight else None
-    return {"min": min, "max": max, "sum": sum}[figure.over_bags](values)
+    if figure.over_bags == "sum":
+        return sum(values)
+    return min(values) if figure.over_bags == "min" else max(values)
 
 
 def _value(bag: Result, recipe: str, figure: Figure) -> float | None:
@@ -140,9 +145,7 @@ def parse_conditions(texts: Sequence[str], recipes: Sequence[str]) -> list[Condi
     for text in (part for given in texts for part in given.split(",") if part.strip()):
         match = _FORM.match(text)
         if match is None:
-            raise InputError(
-                f"--fail-if: {text!r} given, expected [recipe:]figure<number, e.g. action_cosine<0.99"
-            )
+            raise InputError(f"--fail-if: {text!r} given, expected [recipe:]figure<number, e.g. action_cosine<0.99")
         name, recipe = match["name"], match["recipe"] or ""
         if name not in NAMES:
             raise InputError(f"--fail-if: {name!r} given, expected one of {', '.join(NAMES)}")
@@ -168,11 +171,7 @@ def check(
     checks = []
     for condition in conditions:
         compared = condition.figure.path[0] == "against_first"
-        name = (
-            _ALONE.get(condition.figure.name, condition.figure.name)
-            if len(recipes) == 1
-            else condition.figure.name
-        )
+        name = _ALONE.get(condition.figure.name, condition.figure.name) if len(recipes) == 1 else condition.figure.name
         for i, recipe in enumerate(recipes):
             if condition.recipe and recipe != condition.recipe:
                 continue

@@ -22,7 +22,7 @@ from hybrid_policy.evaluation.topic_match import JOINT_STATE, TopicMatch
 
 #: ns: a stamp further back than this is a clock that was reset.
 RESET = 500_000_000
-#: ns: record times and stamps further apart than this belong to different clocks (sim time in a wall-time bag).
+#: ns: record times and stamps further apart than this belong to different clocks (sim and wall time).
 CLOCKS_APART = 2_000_000_000
 #: A gap is an interval longer than this many expected ones.
 GAP = 2.5
@@ -52,7 +52,7 @@ class TopicSurvey:
         """Count a message that cannot be used."""
         text = str(error)
         # The kind of fault without its values, so that 10,000 NaNs are one line.
-        kind = text.split(" given")[0].rsplit(":", 1)[0] if " given" in text else text[:60]
+        kind = text.partition(" given")[0].rpartition(":")[0] if " given" in text else text[:60]
         self.refused[kind] += 1
         self.examples.setdefault(kind, text)
 
@@ -115,16 +115,13 @@ def survey(source: BagSource, robot: RobotFile, match: TopicMatch) -> Survey:
     lacks, notes = list(match.lacks), list(match.notes)
     for topic in list(topics.values()):
         if not decoder.knows(topic.type):
-            lacks.append(
-                f"{topic.name}: type {topic.type} has no definition in the bag and is no standard one"
-            )
+            lacks.append(f"{topic.name}: type {topic.type} has no definition in the bag and is no standard one")
     state = _Reading(robot, match, decoder, topics)
     for message in source.messages(match.used or list(source.topics)):
         state.take(message)
     if not state.count:
         raise InputError(
-            f"{source.path}: no message on any topic that counts "
-            f"(topics: {', '.join(sorted(source.topics)) or 'none'})"
+            f"{source.path}: no message on any topic that counts (topics: {', '.join(sorted(source.topics)) or 'none'})"
         )
     return state.finish(lacks, notes)
 
@@ -142,9 +139,7 @@ def _inputs(robot: RobotFile, match: TopicMatch) -> dict[str, TopicSurvey]:
 class _Reading:
     """The state of a survey while messages come in."""
 
-    def __init__(
-        self, robot: RobotFile, match: TopicMatch, decoder: Decoder, topics: dict[str, TopicSurvey]
-    ) -> None:
+    def __init__(self, robot: RobotFile, match: TopicMatch, decoder: Decoder, topics: dict[str, TopicSurvey]) -> None:
         self.robot, self.match, self.decoder, self.topics = robot, match, decoder, topics
         self.cameras = {topic: camera for topic, camera in match.cameras.values()}
         self.actions = RecordedActions(robot.command_names)
@@ -213,11 +208,7 @@ class _Reading:
         width = len(self.robot.joint_names)
         rows = np.array(self.joint_rows).reshape(-1, width)
         self._actions(clock, rows, notes)
-        used = [
-            t
-            for topic in self.topics.values()
-            for t in (topic.stamps if clock == "stamp" else topic.arrivals)
-        ]
+        used = [t for topic in self.topics.values() for t in (topic.stamps if clock == "stamp" else topic.arrivals)]
         start, end = (min(used), max(used)) if used else (self.first or 0, self.last)
         return Survey(
             self.match, self.topics, clock, start, end, lacks, notes, self.actions, at, rows, self.joint_names
@@ -252,17 +243,13 @@ class _Reading:
             return
         if topic.zero_stamps:
             notes.append(
-                f"{topic.name}: {topic.zero_stamps} of {topic.messages} messages have a stamp of 0; the live node "
-                "drops such messages, the replay takes their record times"
+                f"{topic.name}: {topic.zero_stamps} of {topic.messages} messages have a stamp of 0; the live "
+                "node drops such messages, the replay takes their record times"
             )
         if topic.resets:
-            notes.append(
-                f"{topic.name}: the clock was set back {topic.resets} times; the replay starts anew at each"
-            )
+            notes.append(f"{topic.name}: the clock was set back {topic.resets} times; the replay starts anew at each")
         for kind, count in topic.refused.most_common(5):
-            notes.append(
-                f"{topic.name}: {count} of {topic.messages} messages left out: {topic.examples[kind]}"
-            )
+            notes.append(f"{topic.name}: {count} of {topic.messages} messages left out: {topic.examples[kind]}")
 
     def _actions(self, clock: str, rows: NDArray[np.float64], notes: list[str]) -> None:
         for kind, message, arrival, stamp, segment in self.pending:

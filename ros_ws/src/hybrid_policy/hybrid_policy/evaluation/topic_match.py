@@ -101,9 +101,7 @@ def _camera(
             continue
         kind = "compressed" if topic.type == COMPRESSED else "image"
         if kind != camera.type:
-            notes.append(
-                f"camera {camera.name}: {topic.name} is {topic.type}; the robot file says {camera.type}"
-            )
+            notes.append(f"camera {camera.name}: {topic.name} is {topic.type}; the robot file says {camera.type}")
         return topic.name, replace(camera, type=kind)
     return None
 
@@ -129,19 +127,19 @@ def _command(
         found = [
             t
             for t in topics.values()
-            if t.type == kind and t.count != 0 and t.name != joints
-            and (kind != JOINT_STATE or any(word in t.name for word in ("command", "action", "target", "leader")))
-        ]  # fmt: skip
+            if t.type == kind and t.count != 0 and t.name != joints and (kind != JOINT_STATE or _says_command(t))
+        ]
         if len(found) == 1:
-            notes.append(
-                f"recorded actions: taken from {found[0].name} ({kind}), the robot file says {wanted}"
-            )
+            notes.append(f"recorded actions: taken from {found[0].name} ({kind}), the robot file says {wanted}")
             return found[0].name
         if found:
-            notes.append(
-                f"recorded actions: {_listed(found)} might hold them; say --command-topic for one of these"
-            )
+            notes.append(f"recorded actions: {_listed(found)} might hold them; say --command-topic for one of these")
     return ""
+
+
+def _says_command(topic: BagTopic) -> bool:
+    """Whether a JointState topic's name says that it holds commands and not the joints themselves."""
+    return any(word in topic.name for word in ("command", "action", "target", "leader", "goal"))
 
 
 def _find(wanted: str, topics: Mapping[str, BagTopic]) -> BagTopic | None:
