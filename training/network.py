@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ class Grounding(nn.Module):
         self.register_buffer("extent", torch.tensor(_EXTENT), persistent=False)
 
     def forward(self, hidden: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """PrefixCache.hidden [B, T, width] and the words' counts [B] -> position (m) [B, 3], logits [B, P]."""
+        """Hidden [B, T, width] of the cache, words' counts [B] -> position (m) [B, 3], logits [B, P]."""
         seen = self.norm(hidden.float())
         last = seen[torch.arange(len(seen), device=seen.device), self.first_word + counts - 1]
         return self.middle + self.extent * self.position(last), self.patch(seen[:, : self.tokens])[..., 0]
@@ -173,7 +174,10 @@ class DeviceFrames:
             counts.append(used)
         side = policy.config.image_size // policy.config.vision.patch
         normalized = policy.action.normalize(frames.actions)
-        put = lambda x, kind: torch.from_numpy(np.ascontiguousarray(x)).to(policy.device, kind)  # noqa: E731
+
+        def put(values: NDArray[Any], kind: torch.dtype) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values)).to(policy.device, kind)
+
         return cls(
             images=put(frames.images, torch.uint8),
             words=put(np.stack(words, 1), torch.int16),

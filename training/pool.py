@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from collect import SCENES, Frames, Recorder, collect
 from hybrid_policy.control.robot_file import RobotFile
+from hybrid_policy.evaluation.closed_loop import Asked as Observed
 from hybrid_policy.evaluation.closed_loop import Episode, EpisodeResult, LoopSettings
 from hybrid_policy.models.images import resize_with_pad
 from hybrid_policy.models.observation import ActionChunk, PolicySpec
@@ -67,6 +68,12 @@ def _episode(job: EpisodesJob, robot: SimRobot, robot_file: RobotFile, seed: int
     return Episode(robot, scene, robot_file, job.spec, settings=settings, seed=seed)
 
 
+def _as_asked(job: EpisodesJob, seen: Observed) -> Asked:
+    observation, noise, _ = seen
+    images = [resize_with_pad(observation.images[name], job.size, job.size) for name in job.spec.cameras]
+    return Asked(np.stack(images), observation.state, observation.prompt, noise)
+
+
 def _switched(episode: Episode, switches: dict[int, int], place: int) -> bool:
     """Most episodes go on: hold for a moment, then the other cube; at most two such changes."""
     count = switches.get(place, 0)
@@ -94,27 +101,20 @@ def _episodes(job: EpisodesJob, pipe: Connection) -> None:
     switches: dict[int, int] = {}  # place -> prompts since the first
     while True:
         asked: list[tuple[int, Asked]] = []
-        for place, episode in enumerate(running):
-            while episode is not None:
+        for place, robot in enumerate(robots):
+            while (episode := running[place]) is not None:
                 seen = episode.observe()
                 if seen is not None:
+                    asked.append((place, _as_asked(job, seen)))
+                    if job.label:
+                        recorder.add(robot, asked[-1][1].images)
                     break
                 if place not in switches:
                     results.append(episode.result)
                 if job.label and _switched(episode, switches, place):
                     continue
                 switches.pop(place, None)
-                episode = _episode(job, robots[place], robot_file, waiting.pop(0)) if waiting else None
-                running[place] = episode
-            if episode is None:
-                continue
-            observation, noise, _ = seen  # type: ignore[misc]
-            images = np.stack(
-                [resize_with_pad(observation.images[name], job.size, job.size) for name in job.spec.cameras]
-            )
-            asked.append((place, Asked(images, observation.state, observation.prompt, noise)))
-            if job.label:
-                recorder.add(robots[place], images)
+                running[place] = _episode(job, robot, robot_file, waiting.pop(0)) if waiting else None
         if not asked:
             break
         pipe.send([item for _, item in asked])

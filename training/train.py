@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "4")
 
@@ -33,9 +33,9 @@ from hybrid_policy.models.checkpoint import load_checkpoint
 from hybrid_policy.models.checkpoint_writer import save_checkpoint
 from hybrid_policy.models.observation import PolicySpec
 from hybrid_policy.models.pi05 import Pi05
-from hybrid_policy.sim.kinematics import tip_of
 from hybrid_policy.sim.scene import JOINT_NAMES
 from hybrid_policy.sim.tasks import PROMPTS, TASK_COLOURS, SceneSettings
+from judging import line, localisation, short, statistics_of
 from network import DeviceFrames, Grounding, TrainingPolicy, fresh_model, small_policy, statistics
 from pool import SCENES, EpisodesJob, Pool
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -77,6 +77,26 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class Batch(NamedTuple):
+    """What one gradient step sees. B prefixes, NOISES noises and times of the flow for each.
+
+    images: uint8 [B, cameras, S, S, 3]. words: int64 [B, L], counts: int64 [B]. actions: [B, H, A],
+    normalised. cubes: [B, 3] (m), the named cube; patches: int64 [B], where it is in the overhead picture.
+    noise: [B * NOISES, H, A]; times: [B * NOISES]. gain, shift: [B, 1, 3, 1, 1], of light and colours.
+    """
+
+    images: Tensor
+    words: Tensor
+    counts: Tensor
+    actions: Tensor
+    cubes: Tensor
+    patches: Tensor
+    noise: Tensor
+    times: Tensor
+    gain: Tensor
+    shift: Tensor
+
+
 class Trainer:
     """One run."""
 
@@ -94,7 +114,7 @@ class Trainer:
             loaded = load_checkpoint(args.init)
             self.config = loaded.config
             self.model = loaded.model.requires_grad_().train()
-            self.stats = _statistics_of(args.init)
+            self.stats = statistics_of(args.init)
         else:
             self.model = fresh_model(self.config, self.tokenizer, args.seed)
         self.model.to(self.device)
@@ -126,30 +146,18 @@ class Trainer:
         """A line with the seconds since the start."""
         print(f"[{time.monotonic() - self.began:6.1f} s] {text}", flush=True)
 
-    def _losses(
-        self,
-        images: Tensor,
-        words: Tensor,
-        counts: Tensor,
-        actions: Tensor,
-        cubes: Tensor,
-        patches: Tensor,
-        noise: Tensor,
-        t: Tensor,
-        gain: Tensor,
-        shift: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Flow-matching loss and grounding loss of one batch; light and colours are varied."""
-        seen = images.float().div(255.0).movedim(-1, 2)
-        seen = (seen * gain + shift).clamp(0.0, 1.0) * 2.0 - 1.0
+        seen = batch.images.float().div(255.0).movedim(-1, 2)
+        seen = (seen * batch.gain + batch.shift).clamp(0.0, 1.0) * 2.0 - 1.0
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            cache = self.model.prefix_cache(*self.model.embed_prefix(seen, None, words, counts))
+            cache = self.model.prefix_cache(*self.model.embed_prefix(seen, None, batch.words, batch.counts))
             flow = self.model.training_loss(
-                cache.repeat(NOISES), actions.repeat_interleave(NOISES, 0), noise, t
+                cache.repeat(NOISES), batch.actions.repeat_interleave(NOISES, 0), batch.noise, batch.times
             )
-        return flow.mean(), self.grounding.loss(cache, counts, cubes, patches)
+        return flow.mean(), self.grounding.loss(cache, batch.counts, batch.cubes, batch.patches)
 
-    def _batch(self, data: DeviceFrames, own: DeviceFrames | None) -> tuple[Tensor, ...]:
+    def _batch(self, data: DeviceFrames, own: DeviceFrames | None) -> Batch:
         """A batch as ``_losses`` takes it, a third of it from the policy's own states once there are any."""
         size, device, config = self.args.batch, self.device, self.config
         from_own = size // 3 if own is not None else 0
@@ -172,17 +180,17 @@ class Trainer:
         t = 0.999 * torch.distributions.Beta(1.5, 1.0).sample((size * NOISES,)).to(device) + 0.001
         gain = 1.0 + 0.15 * (2 * torch.rand(size, 1, 3, 1, 1, device=device) - 1)
         shift = 0.05 * (2 * torch.rand(size, 1, 3, 1, 1, device=device) - 1)
-        return (
-            draw("images", False),
-            draw("words", True).long(),
-            draw("counts", True).long(),
-            draw("actions", True),
-            draw("cubes", True),
-            draw("patches", True).long(),
-            torch.randn(shape, device=device),
-            t,
-            gain,
-            shift,
+        return Batch(
+            images=draw("images", False),
+            words=draw("words", True).long(),
+            counts=draw("counts", True).long(),
+            actions=draw("actions", True),
+            cubes=draw("cubes", True),
+            patches=draw("patches", True).long(),
+            noise=torch.randn(shape, device=device),
+            times=t,
+            gain=gain,
+            shift=shift,
         )
 
     def warm_up(self) -> None:
@@ -199,12 +207,12 @@ class Trainer:
             patches=torch.zeros(size, 2, dtype=torch.int16, device=self.device),
         )
         for _ in range(3):
-            flow, ground = self.losses(*self._batch(blank, None))
+            flow, ground = self.losses(self._batch(blank, None))
             (flow + ground).backward()
         torch.cuda.synchronize()
         begin = time.monotonic()
         for _ in range(5):
-            flow, ground = self.losses(*self._batch(blank, None))
+            flow, ground = self.losses(self._batch(blank, None))
             (flow + ground).backward()
         torch.cuda.synchronize()
         self.optimizer.zero_grad(set_to_none=True)
@@ -222,7 +230,7 @@ class Trainer:
             rate = args.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            flow, ground = self.losses(*self._batch(data, own))
+            flow, ground = self.losses(self._batch(data, own))
             weight = 0.5 if progress < 0.5 else 0.2
             (flow + weight * ground).backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
@@ -266,36 +274,6 @@ class Trainer:
                 parameter.copy_(parameter.bfloat16())
         return model.eval(), head.eval()
 
-    def localisation(self, frames: Frames, policy: TrainingPolicy, head: Grounding) -> dict[str, float]:
-        """Errors (mm) on scenes not trained on, from the start pose.
-
-        cube: of the grounding head, horizontally. target: between the tips that the policy's and the
-        expert's last actions command.
-        """
-        errors, targets = [], []
-        noise = np.random.default_rng(0)
-        for index, colour in enumerate(TASK_COLOURS):
-            ids, counts = policy.tokens([PROMPTS[0].format(colour)] * len(frames), frames.state)
-            for at in range(0, len(frames), 256):
-                rows = slice(at, at + 256)
-                images = torch.from_numpy(frames.images[rows]).to(self.device)
-                words, used = (torch.from_numpy(x[rows]).to(self.device) for x in (ids, counts))
-                shape = (len(images), self.config.horizon, self.config.max_action_dim)
-                start = torch.from_numpy(noise.standard_normal(shape, dtype=np.float32)).to(self.device)
-                with torch.no_grad():
-                    cache = policy.model.encode(images, None, words, used)
-                    place = head(cache.hidden, used)[0].cpu().numpy()
-                    actions = policy.model.sample_actions(images, None, words, used, start).cpu().numpy()
-                errors.append(np.linalg.norm(place[:, :2] - frames.cubes[rows, index, :2], axis=-1))
-                last = policy.action.unnormalize(actions)[:, -1, 7:13].astype(np.float64)
-                wanted = frames.actions[rows, index, -1, 7:13].astype(np.float64)
-                targets.append(np.linalg.norm(tip_of(last) - tip_of(wanted), axis=-1))
-        out = {}
-        for name, values in (("cube", np.concatenate(errors)), ("target", np.concatenate(targets))):
-            out[f"{name}_median_mm"] = float(np.median(values) * 1e3)
-            out[f"{name}_p95_mm"] = float(np.percentile(values, 95) * 1e3)
-        return out
-
     def spec(self) -> PolicySpec:
         """Dimensions, as the controller asks for them."""
         c = self.config
@@ -334,7 +312,7 @@ class Trainer:
             model, head = self.averaged()
             policy = TrainingPolicy(model, self.stats, self.tokenizer, self.device)
             self.save(model, head)
-            self.say(f"step {self.step}: {_line(self.localisation(held_out, policy, head))}")
+            self.say(f"step {self.step}: {line(localisation(held_out, policy, head))}")
             if round_ < len(marks):
                 first = CORRECTED + args.seed * 10**6 + round_ * 10**4
                 job = EpisodesJob(
@@ -346,11 +324,11 @@ class Trainer:
                     label=True,
                 )
                 results, frames = pool.episodes(job, policy)
-                self.say(f"own states: {_line(_short(summarise(results)))}, {len(frames or [])} frames")
+                self.say(f"own states: {line(short(summarise(results)))}, {len(frames or [])} frames")
                 if frames is not None:
                     new = DeviceFrames.of(frames, policy, prompts, self.random)
                     own = new if own is None else own.extended(new)
-        self.judge(pool, policy, self.localisation(held_out, policy, head))
+        self.judge(pool, policy, localisation(held_out, policy, head))
         pool.close()
         return 0
 
@@ -391,10 +369,10 @@ class Trainer:
                 writer.writeheader()
                 writer.writerows(self.curve)
 
-    def judge(self, pool: Pool, policy: TrainingPolicy, localisation: dict[str, float]) -> None:
+    def judge(self, pool: Pool, policy: TrainingPolicy, errors: dict[str, float]) -> None:
         """Closed loop on scenes never seen, the figures to figures.json."""
         args = self.args
-        figures: dict[str, Any] = {"localisation": localisation, "steps": self.step, "closed_loop": {}}
+        figures: dict[str, Any] = {"localisation": errors, "steps": self.step, "closed_loop": {}}
         seeds = tuple(range(JUDGED, JUDGED + args.episodes))
         for name, scenes in (("two cubes", SceneSettings()), ("third cube", SceneSettings(distractor=1.0))):
             for delay in args.delays if name == "two cubes" else args.delays[:1]:
@@ -404,36 +382,10 @@ class Trainer:
                 results, _ = pool.episodes(job, policy)
                 summary = summarise(results)
                 figures["closed_loop"][f"{name}, delay {delay * 1e3:.0f} ms"] = summary
-                self.say(f"{name}, delay {delay * 1e3:.0f} ms: {_line(_short(summary))}")
+                self.say(f"{name}, delay {delay * 1e3:.0f} ms: {line(short(summary))}")
         figures["device"] = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         figures["seconds"] = round(time.monotonic() - self.began, 1)
         (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-
-
-def _short(summary: dict[str, Any]) -> dict[str, float]:
-    seconds = summary["seconds_to_success"] or {"median": math.nan}
-    return {
-        "success": summary["success"],
-        "wrong": summary["wrong_cube"],
-        "seconds": seconds["median"],
-        "refused": summary["refused_chunks"],
-    }
-
-
-def _line(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
-
-
-def _statistics_of(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """The statistics that a checkpoint directory of ours holds."""
-    from safetensors.numpy import load_file
-
-    file = next(checkpoint.glob("policy_preprocessor*.safetensors"))
-    out: dict[str, dict[str, Any]] = {"state": {}, "action": {}}
-    for name, values in load_file(file).items():
-        owner, _, statistic = name.rpartition(".")
-        out["state" if owner == "observation.state" else "action"][statistic] = values
-    return out
 
 
 if __name__ == "__main__":

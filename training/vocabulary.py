@@ -69,7 +69,7 @@ def build(state_dim: int) -> Tokenizer:
 
 
 class PromptIds:
-    """Token ids of prompts and state bins by table lookup: what the tokenizer gives, for many rows at once."""
+    """Token ids of prompts and state bins by table lookup: the tokenizer's, for many rows at once."""
 
     def __init__(self, tokenizer: Tokenizer, state_dim: int, length: int) -> None:
         vocabulary = tokenizer.get_vocab()
@@ -84,7 +84,7 @@ class PromptIds:
     def __call__(
         self, prompts: list[str], bins: NDArray[np.intp]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Prompts and state bins [n, state_dim] (-1 allowed) -> ids [n, length], right-padded, and counts [n]."""
+        """Prompts and bins [n, state_dim] (-1 allowed) -> ids [n, length], right-padded, and counts [n]."""
         ids = np.zeros((len(prompts), self.length), np.int64)
         counts = np.zeros(len(prompts), np.int64)
         joints = np.arange(bins.shape[1])
@@ -104,7 +104,7 @@ class PromptIds:
 def smooth_rows(
     tokenizer: Tokenizer, state_dim: int, width: int, seed: int
 ) -> dict[int, NDArray[np.float32]]:
-    """First embeddings of the state's numbers: near numbers near each other, each joint in its own directions.
+    """First embeddings of the state's numbers: near numbers near each other, each joint on its own.
 
     A joint's number n is a random projection of the cosines of (n / 256) pi f, f = 0...7, with weights
     1 / (1 + f); rows have the standard deviation of the model's other embeddings (width ** -0.5).
