@@ -114,9 +114,7 @@ def load(kind: str, infer: Callable[[], Any]) -> Iterator[None]:
 
 def main() -> None:
     """Measure every loop under every load."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/lateness.json"))
     args = parser.parse_args()
@@ -142,9 +140,7 @@ def main() -> None:
                 time.sleep(0.3)
                 late = np.array(loop())
             p50, p99, worst = np.percentile(late, [50, 99, 100])
-            rows.append(
-                {"loop": name, "load": kind, "p50": p50, "p99": p99, "max": worst, "ticks": len(late)}
-            )
+            rows.append({"loop": name, "load": kind, "p50": p50, "p99": p99, "max": worst, "ticks": len(late)})
             print(f"{name:<32} {kind:<12} p50 {p50:8.0f}  p99 {p99:8.0f}  max {worst:8.0f} us", flush=True)
     for text in dict.fromkeys(said):
         print(text)

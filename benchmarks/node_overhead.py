@@ -108,9 +108,7 @@ def drive(robot: RobotFile, seconds: float) -> list[tuple[int, int]]:
 
 def main() -> None:
     """Run it, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--rate", type=float, default=10.0, help="inferences per second")
     parser.add_argument("--robot", default="sim_aloha")

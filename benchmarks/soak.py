@@ -41,9 +41,7 @@ def resident_mib(pid: int) -> float:
 
 def main() -> int:
     """Run it, print and write the figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--checkpoint", default="shipped")
     parser.add_argument("--recipe", default="bf16")
@@ -104,9 +102,7 @@ def main() -> int:
         "chunks": len(lines),
         "chunk numbers complete": [line["chunk"] for line in lines] == list(range(len(lines))),
         "accepted": sum(line["accepted"] for line in lines),
-        "refused or discarded, with a reason": sum(
-            bool(line["reason"]) for line in lines if not line["accepted"]
-        ),
+        "refused or discarded, with a reason": sum(bool(line["reason"]) for line in lines if not line["accepted"]),
         "deadlines missed": sum(not line["deadline_met"] for line in lines),
         "total ms p50/p99/max": [round(float(v), 2) for v in np.percentile(total, [50, 99, 100])],
         "control ticks missed": int(output["control ticks missed"]),

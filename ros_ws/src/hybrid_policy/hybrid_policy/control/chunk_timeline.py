@@ -205,6 +205,4 @@ class ChunkTimeline:
         slopes = np.vstack((trajectory.start_velocity, slopes))
         steps = np.diff(times)[:, None]
         acceleration = np.abs(np.diff(slopes, axis=0) / steps).max(initial=0.0)
-        return Seam(
-            float(np.abs(plan.jump).max()), float(np.abs(plan.velocity_jump).max()), float(acceleration)
-        )
+        return Seam(float(np.abs(plan.jump).max()), float(np.abs(plan.velocity_jump).max()), float(acceleration))

@@ -169,9 +169,7 @@ class ControlCycle:
             return refused(reason)
         positions, report = self.guard.limit(plan)
         velocities = monotone_velocities(plan.times, positions, plan.start_position)
-        trajectory = Trajectory(
-            plan.begin, plan.times, positions, velocities, plan.start_position, plan.start_velocity
-        )
+        trajectory = Trajectory(plan.begin, plan.times, positions, velocities, plan.start_position, plan.start_velocity)
         seam = self.timeline.seam(plan, trajectory)
         self.timeline.commit(trajectory)
         self._previous = chunk

@@ -56,9 +56,7 @@ class Guard:
             reason = f"chunk: shape {tuple(actions.shape)} given, expected {self._shape}"
         elif not np.isfinite(actions).all():
             step, value = np.argwhere(~np.isfinite(actions))[0]
-            reason = (
-                f"chunk: {actions[step, value]} given in step {step}, value {value}, expected finite numbers"
-            )
+            reason = f"chunk: {actions[step, value]} given in step {step}, value {value}, expected finite numbers"
         if reason:
             self.counts["refused"] += 1
         return reason
@@ -98,9 +96,7 @@ class Guard:
         report = self._report(out_of_range, too_fast, too_sharp)
         return clipped, report
 
-    def _follow(
-        self, plan: Plan, target: Array, steps: Array
-    ) -> tuple[Array, NDArray[np.bool_], NDArray[np.bool_]]:
+    def _follow(self, plan: Plan, target: Array, steps: Array) -> tuple[Array, NDArray[np.bool_], NDArray[np.bool_]]:
         limits, least, most = self._limits, np.minimum, np.maximum
         acceleration = least(limits.acceleration, _UNLIMITED)
         position, speed = plan.start_position, plan.start_velocity

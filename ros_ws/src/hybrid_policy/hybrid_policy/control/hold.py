@@ -11,9 +11,7 @@ Array = NDArray[np.float64]
 _GRIPPER = 6
 
 
-def hold_position(
-    robot: RobotFile, commanded: Array | None, measured: Array | None, tolerance: float
-) -> Array | None:
+def hold_position(robot: RobotFile, commanded: Array | None, measured: Array | None, tolerance: float) -> Array | None:
     """The command (float64 [commands]) that stops the robot, within its limits; None: not known.
 
     Positions: the command in force, which the robot is near and which does not sag under load; where

@@ -91,9 +91,7 @@ def joint_positions(message: Any, names: Sequence[str]) -> NDArray[np.float64]:
     except (TypeError, ValueError, OverflowError):
         raise InputError("joint state: name, position: not lists, expected names and numbers") from None
     if len(given) > _MAX_NAMES:
-        raise InputError(
-            f"joint state: name: more than {_MAX_NAMES} names given, expected the robot's joints"
-        )
+        raise InputError(f"joint state: name: more than {_MAX_NAMES} names given, expected the robot's joints")
     if len(given) != len(values):
         raise InputError(
             f"joint state: position: {len(values)} values given, expected {len(given)} (one for each name)"
@@ -164,27 +162,20 @@ def _bytes(message: Any, camera: Camera) -> NDArray[np.uint8]:
 def _raw_layout(message: Any, camera: Camera) -> tuple[NDArray[np.uint8], int, int, int, str]:
     encoding = _attribute(message, "encoding")
     if not isinstance(encoding, str) or encoding not in camera.encodings or encoding not in CHANNELS:
-        raise InputError(
-            f"{camera.name}: encoding: {_show(encoding)} given, expected {' or '.join(camera.encodings)}"
-        )
+        raise InputError(f"{camera.name}: encoding: {_show(encoding)} given, expected {' or '.join(camera.encodings)}")
     try:
         height, width, step = (int(_attribute(message, key)) for key in ("height", "width", "step"))
     except (TypeError, ValueError, OverflowError):
         raise InputError(f"{camera.name}: height, width, step: not numbers, expected numbers") from None
     if height <= 0 or width <= 0 or height * width > MAX_PIXELS:
-        raise InputError(
-            f"{camera.name}: height x width: {height} x {width} given, expected 1 to {MAX_PIXELS} pixels"
-        )
+        raise InputError(f"{camera.name}: height x width: {height} x {width} given, expected 1 to {MAX_PIXELS} pixels")
     row = width * CHANNELS[encoding]
     if step < row:
-        raise InputError(
-            f"{camera.name}: step: {step} given, expected at least {row} ({width} pixels of {encoding})"
-        )
+        raise InputError(f"{camera.name}: step: {step} given, expected at least {row} ({width} pixels of {encoding})")
     data = _bytes(message, camera)
     if len(data) != step * height:
         raise InputError(
-            f"{camera.name}: data: {len(data)} bytes given, expected {step * height} "
-            f"(step {step} x height {height})"
+            f"{camera.name}: data: {len(data)} bytes given, expected {step * height} (step {step} x height {height})"
         )
     return data, height, width, step, encoding
 
@@ -203,9 +194,7 @@ def _compressed_size(message: Any, camera: Camera) -> NDArray[np.uint8]:
     else:
         raise InputError(f"{camera.name}: data: {_show(head[:8])} given, expected the start of a JPEG or PNG")
     if width <= 0 or height <= 0 or width * height > MAX_PIXELS:
-        raise InputError(
-            f"{camera.name}: data: {height} x {width} pixels given, expected 1 to {MAX_PIXELS} pixels"
-        )
+        raise InputError(f"{camera.name}: data: {height} x {width} pixels given, expected 1 to {MAX_PIXELS} pixels")
     return data
 
 
@@ -232,7 +221,5 @@ def _decode_compressed(message: Any, camera: Camera) -> NDArray[np.uint8]:
     except cv2.error as error:
         raise InputError(f"{camera.name}: data: {_show(str(error))}, expected a whole JPEG or PNG") from None
     if pixels is None:
-        raise InputError(
-            f"{camera.name}: data: {len(data)} damaged bytes given, expected a whole JPEG or PNG"
-        )
+        raise InputError(f"{camera.name}: data: {len(data)} damaged bytes given, expected a whole JPEG or PNG")
     return np.asarray(pixels[:, :, ::-1], dtype=np.uint8)

@@ -83,9 +83,7 @@ class LatencySummary:
         lines = [f"{'stage (ms)':<20}{'p50':>9}{'p95':>9}{'p99':>9}{'max':>9}"]
         for name, one in self.stages.items():
             lines.append(f"{name:<20}{one.p50:>9.2f}{one.p95:>9.2f}{one.p99:>9.2f}{one.max:>9.2f}")
-        lines.append(
-            f"{self.chunks} chunks, {self.misses} deadlines missed, {self.refused} refused or discarded"
-        )
+        lines.append(f"{self.chunks} chunks, {self.misses} deadlines missed, {self.refused} refused or discarded")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:

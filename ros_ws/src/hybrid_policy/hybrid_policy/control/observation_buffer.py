@@ -86,9 +86,7 @@ class _Input:
             if newest - REORDER_WINDOW < stamp < newest:
                 self.drops["out of order"] += 1
                 late = (newest - stamp) * 1e-6
-                raise InputError(
-                    f"{self.name}: header.stamp: {late:.1f} ms before the last, expected a later one"
-                )
+                raise InputError(f"{self.name}: header.stamp: {late:.1f} ms before the last, expected a later one")
             if stamp < newest:
                 self.drops["stamp jumped back"] += 1
                 self.messages.clear()
@@ -194,9 +192,7 @@ class ObservationBuffer:
                 checked = check()
             except InputError as error:
                 source.drops["invalid"] += 1
-                raise (
-                    error if str(error).startswith((name, "joint")) else InputError(f"{name}: {error}")
-                ) from None
+                raise (error if str(error).startswith((name, "joint")) else InputError(f"{name}: {error}")) from None
             source.admit(stamp)
             source.store(stamp, message if checked is None else checked)
 

@@ -277,16 +277,13 @@ def check_fit(robot: RobotFile, spec: PolicySpec) -> None:
     for camera in spec.cameras:
         if camera not in names:
             problems.append(
-                f"{robot.path}: cameras: {', '.join(names)} given, "
-                f"expected {camera} too ({spec.name} needs it)"
+                f"{robot.path}: cameras: {', '.join(names)} given, expected {camera} too ({spec.name} needs it)"
             )
     for key, have, want in (
         ("policy.state", len(robot.state_names), spec.state_dim),
         ("policy.action", len(robot.action_names), spec.action_dim),
     ):
         if have != want:
-            problems.append(
-                f"{robot.path}: {key}: {have} names given, expected {want} (the checkpoint {spec.name})"
-            )
+            problems.append(f"{robot.path}: {key}: {have} names given, expected {want} (the checkpoint {spec.name})")
     if problems:
         raise InputError("\n".join(problems))

@@ -147,9 +147,7 @@ def _command(section: Section, interface: str, rate: float, action: tuple[str, .
         elif interface == "forward_position":
             gripper = Gripper(gripper_topic, grip.names("joints", choices=action))
         else:
-            raise section.error(
-                "gripper", gripper_topic, "no gripper topic with joint_trajectory (one message)"
-            )
+            raise section.error("gripper", gripper_topic, "no gripper topic with joint_trajectory (one message)")
         grip.end()
     elif interface == "twist" and "gripper" in action:
         raise section.error("gripper", None, "a mapping with its topic, since policy.action has a gripper")
@@ -179,8 +177,6 @@ def _timeouts(top: Section, interface: str) -> Timeouts:
         action=section.text("action", "hold", choices=("hold", "zero", "none")),
     )
     if timeouts.action == "zero" and interface != "twist":
-        raise section.error(
-            "action", "zero", f"hold or none (zero is a speed; {interface} commands positions)"
-        )
+        raise section.error("action", "zero", f"hold or none (zero is a speed; {interface} commands positions)")
     section.end()
     return timeouts

@@ -22,13 +22,9 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is not text", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key} given twice", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key {key} given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -93,9 +89,7 @@ class Section:
             raise self.error(key, value, expected)
         return value
 
-    def number(
-        self, key: str, default: Any = _REQUIRED, above: float = -math.inf, least: float = -math.inf
-    ) -> float:
+    def number(self, key: str, default: Any = _REQUIRED, above: float = -math.inf, least: float = -math.inf) -> float:
         """A finite number above (or at least) a bound."""
         expected = "a number"
         if above > -math.inf:

@@ -39,9 +39,7 @@ class Watchdog:
             if one.age == float("inf"):
                 faults.append(Fault(name, "missing", f"{name}: nothing received yet"))
             elif one.age > limit:
-                faults.append(
-                    Fault(name, "stale", f"{name}: {one.age:.2f} s old, expected at most {limit:g} s")
-                )
+                faults.append(Fault(name, "stale", f"{name}: {one.age:.2f} s old, expected at most {limit:g} s"))
             elif one.age < -self._future:
                 text = f"{name}: stamped {-one.age:.2f} s in the future, expected at most {self._future:g} s"
                 faults.append(Fault(name, "future", text))
@@ -58,9 +56,7 @@ class Watchdog:
         apart = (stamps[newest] - stamps[oldest]) * 1e-9
         if apart <= self._timeouts.skew:
             return []
-        text = (
-            f"inputs: {oldest} is {apart:.3f} s behind {newest}, expected at most {self._timeouts.skew:g} s"
-        )
+        text = f"inputs: {oldest} is {apart:.3f} s behind {newest}, expected at most {self._timeouts.skew:g} s"
         return [Fault("inputs", "skew", text)]
 
     def output(self, now: int, last_chunk: int | None) -> list[Fault]:

@@ -173,9 +173,7 @@ class ControlLoop:
                 self.reports.warn("discard", f"chunk discarded: {discard}")
                 result = CycleResult(observation, chunk, started, finished, reason=f"discarded: {discard}")
             else:
-                result = self.cycle.accept(
-                    observation, chunk, started, finished, previous=previous, noise=noise
-                )
+                result = self.cycle.accept(observation, chunk, started, finished, previous=previous, noise=noise)
                 self._take(result, finished)
         done = time.monotonic_ns()
         self._errors_in_row = 0
@@ -276,9 +274,7 @@ class ControlLoop:
                 self._enter_hold(str(faults[0]), HOLDING)
                 self.reports.error(f"hold {faults[0].source} {faults[0].kind}", f"holding: {faults[0]}")
             elif self._away(now):
-                self._enter_hold(
-                    f"robot more than {self.settings.tracking_tolerance:g} from its command", HOLDING
-                )
+                self._enter_hold(f"robot more than {self.settings.tracking_tolerance:g} from its command", HOLDING)
                 self.reports.error("tracking", f"holding where the robot is: {self.status.reason}")
             elif self._commanded is not None:
                 self._send_tick(now)
@@ -300,14 +296,10 @@ class ControlLoop:
         """Everything that is wrong now."""
         faults = []
         if now <= 0:
-            faults.append(
-                Fault("clock", "missing", "clock: no /clock message yet, expected one (use_sim_time)")
-            )
+            faults.append(Fault("clock", "missing", "clock: no /clock message yet, expected one (use_sim_time)"))
         faults += self.watchdog.inputs(self.buffer.status(now))
         if not self.buffer.prompt:
-            faults.append(
-                Fault("prompt", "missing", "prompt: none yet, expected one on its topic or parameter")
-            )
+            faults.append(Fault("prompt", "missing", "prompt: none yet, expected one on its topic or parameter"))
         faults += self.watchdog.skew(self._snapshot.stamps)
         if self.contended and self.status.state == WAITING:
             faults.append(Fault("output", "contended", self.contended))
@@ -366,9 +358,7 @@ class ControlLoop:
         now = self.clock()
         if self.cycle.robot.timeouts.action == "none":
             return
-        position = hold_position(
-            self.cycle.robot, self._commanded, self._measured(now), self.settings.hold_tolerance
-        )
+        position = hold_position(self.cycle.robot, self._commanded, self._measured(now), self.settings.hold_tolerance)
         if position is None:
             self.reports.error("hold", "cannot hold: the robot's position is not known, nothing sent")
             return

@@ -46,9 +46,7 @@ class Diagnostics:
         faults = loop.status.faults
         inputs = loop.buffer.status(now)
         result = [self._input(one, [f for f in faults if f.source == name]) for name, one in inputs.items()]
-        result.append(
-            self._synchronisation(loop, [f for f in faults if f.source in ("inputs", "clock", "prompt")])
-        )
+        result.append(self._synchronisation(loop, [f for f in faults if f.source in ("inputs", "clock", "prompt")]))
         result.append(self._inference(loop, engine))
         result.append(self._output(loop))
         return result
@@ -59,9 +57,7 @@ class Diagnostics:
             level, message = ERROR, "; ".join(str(fault) for fault in faults)
         elif one.rate < self._thresholds["rate_ratio"] * one.expected_rate:
             level = WARN
-            message = (
-                f"{one.rate:.1f} messages/s, expected {one.expected_rate:g} (lost, or the driver is slow)"
-            )
+            message = f"{one.rate:.1f} messages/s, expected {one.expected_rate:g} (lost, or the driver is slow)"
         values: dict[str, object] = {
             "rate": one.rate,
             "expected rate": one.expected_rate,
@@ -86,9 +82,7 @@ class Diagnostics:
         summary = loop.recorder.summary(last=1000)
         values: dict[str, object] = dict(engine)
         for stage, one in summary.stages.items():
-            values[f"{stage} p50/p95/p99/max (ms)"] = (
-                f"{one.p50:.2f}/{one.p95:.2f}/{one.p99:.2f}/{one.max:.2f}"
-            )
+            values[f"{stage} p50/p95/p99/max (ms)"] = f"{one.p50:.2f}/{one.p95:.2f}/{one.p99:.2f}/{one.max:.2f}"
         values |= {
             "chunks": summary.chunks,
             "deadlines missed": summary.misses,

@@ -49,9 +49,7 @@ class Inputs:
             self._subscriptions.append(node.create_subscription(kind, camera.topic, image, SENSOR))
         joints = self._safely("joints", buffer.receive_joints)
         depth = QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT)
-        self._subscriptions.append(
-            node.create_subscription(JointState, robot.joint_states_topic, joints, depth)
-        )
+        self._subscriptions.append(node.create_subscription(JointState, robot.joint_states_topic, joints, depth))
         self._prompt = self._safely("prompt", buffer.receive_prompt)
         self._prompt_topic, self._latched = robot.prompt_topic, False
         self._subscriptions.append(
@@ -66,9 +64,7 @@ class Inputs:
         """
         if self._latched:
             return
-        found = [
-            i.qos_profile.durability for i in self._node.get_publishers_info_by_topic(self._prompt_topic)
-        ]
+        found = [i.qos_profile.durability for i in self._node.get_publishers_info_by_topic(self._prompt_topic)]
         if found and all(durability == DurabilityPolicy.TRANSIENT_LOCAL for durability in found):
             self._latched = True
             self._subscriptions.append(

@@ -88,9 +88,7 @@ PARAMETERS = (
         "JSON lines, one a chunk; `auto`: ~/.ros/hybrid_policy/latency-<node>-<pid>.jsonl; empty: none.",
     ),
     Parameter("summary_json", "", "File for the summary at exit, as JSON; empty: only printed."),
-    Parameter(
-        "output_timeout", 1.0, "Seconds without a new chunk after which the robot holds; 0: never.", 0.0, 60.0
-    ),
+    Parameter("output_timeout", 1.0, "Seconds without a new chunk after which the robot holds; 0: never.", 0.0, 60.0),
     Parameter("future_tolerance", 0.1, "Seconds by which a stamp may lie ahead of the clock.", 0.0, 10.0),
     Parameter(
         "joint_margin",
@@ -113,24 +111,16 @@ PARAMETERS = (
         0.0,
         10.0,
     ),
-    Parameter(
-        "max_errors", 3, "Failed inferences in a row after which the node deactivates.", low=1, high=1000
-    ),
-    Parameter(
-        "rt.fifo_priority", 40, "SCHED_FIFO priority of the control thread alone; 0: none.", low=0, high=99
-    ),
+    Parameter("max_errors", 3, "Failed inferences in a row after which the node deactivates.", low=1, high=1000),
+    Parameter("rt.fifo_priority", 40, "SCHED_FIFO priority of the control thread alone; 0: none.", low=0, high=99),
     Parameter("rt.mlockall", False, "Lock the process's memory (needs room for all of it)."),
     Parameter("rt.freeze_gc", True, "Keep what is loaded out of Python's garbage collections."),
     Parameter("rt.switch_interval", 0.0005, "Python's thread switch interval (s); 0: leave it.", 0.0, 1.0),
     Parameter("rt.cpu_affinity", [-1], "Cores of the control thread; [-1]: any."),
-    Parameter(
-        "diagnostics.rate_ratio", 0.8, "Warn when an input's rate is below this share of its rate.", 0.0, 1.0
-    ),
+    Parameter("diagnostics.rate_ratio", 0.8, "Warn when an input's rate is below this share of its rate.", 0.0, 1.0),
     Parameter("diagnostics.miss_ratio", 0.05, "Warn above this share of missed deadlines.", 0.0, 1.0),
     Parameter("diagnostics.seam_position", 0.35, "Warn above this seam (rad), before blending.", 0.0, 10.0),
-    Parameter(
-        "shadow.every", 0, "Every how many chunks the shadow recipe runs beside; 0: never.", low=0, high=10**6
-    ),
+    Parameter("shadow.every", 0, "Every how many chunks the shadow recipe runs beside; 0: never.", low=0, high=10**6),
     Parameter("shadow.recipe", "bf16", "The recipe that the chosen one is held against."),
     Parameter("shadow.threshold", 0.99, "Action cosine below which the shadow check warns.", -1.0, 1.0),
     Parameter("shadow.switch", False, "Below the threshold, go on with the shadow recipe."),
@@ -167,9 +157,7 @@ def declare(node: Any) -> None:
     from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 
     for one in PARAMETERS:
-        descriptor = ParameterDescriptor(
-            description=one.description, additional_constraints=", ".join(one.choices)
-        )
+        descriptor = ParameterDescriptor(description=one.description, additional_constraints=", ".join(one.choices))
         if one.low is not None and one.high is not None:
             if isinstance(one.default, float):
                 descriptor.floating_point_range = [FloatingPointRange(from_value=one.low, to_value=one.high)]

@@ -40,9 +40,7 @@ def find_checkpoint(name: str) -> str:
     return str(Path(name).expanduser())
 
 
-def load_policy(
-    values: Mapping[str, Any], robot: RobotFile, recipe: str, say: Callable[[str], None]
-) -> Policy:
+def load_policy(values: Mapping[str, Any], robot: RobotFile, recipe: str, say: Callable[[str], None]) -> Policy:
     """Load the checkpoint that the parameters name, quantise it by ``recipe``, capture and warm up.
 
     Raises:

@@ -100,9 +100,7 @@ def use_fifo(priority: int, warn: Callable[[str], None]) -> bool:
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
     except (OSError, AttributeError) as error:
-        warn(
-            f"rt.fifo_priority: SCHED_FIFO {priority} not allowed ({error}); going on with normal scheduling"
-        )
+        warn(f"rt.fifo_priority: SCHED_FIFO {priority} not allowed ({error}); going on with normal scheduling")
         return False
     return True
 

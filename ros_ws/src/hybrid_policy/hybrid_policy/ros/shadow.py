@@ -39,9 +39,7 @@ class ShadowCheck:
     on_below: called with the cosine when it falls below ``threshold`` (from the shadow's thread).
     """
 
-    def __init__(
-        self, policy: Policy, every: int, threshold: float, on_below: Callable[[float], None]
-    ) -> None:
+    def __init__(self, policy: Policy, every: int, threshold: float, on_below: Callable[[float], None]) -> None:
         self.policy = policy
         self.report = ShadowReport()
         self._every, self._threshold, self._on_below = every, threshold, on_below

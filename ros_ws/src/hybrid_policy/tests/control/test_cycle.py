@@ -107,9 +107,7 @@ def test_the_timeline_is_what_the_controller_does() -> None:
             assert result.trajectory is not None
             points = [
                 jtc.TrajectoryPoint(round(t * 1e9), p, v)
-                for t, p, v in zip(
-                    result.trajectory.times, result.trajectory.positions, result.trajectory.velocities
-                )
+                for t, p, v in zip(result.trajectory.times, result.trajectory.positions, result.trajectory.velocities)
             ]
             reason = controller.receive(jtc.Trajectory(aloha.command_names, points), now)
             assert reason is None, reason
@@ -247,9 +245,7 @@ def test_the_same_inputs_give_the_same_commands(tmp_path: Path) -> None:
         two = robot(tmp_path)
         cycle = ControlCycle(two, RampPolicy(two), CycleSettings(seed=7))
         return [
-            cycle.run(
-                observation(two, START + k * 200 * MS, [0.0, 0.05]), clock(START, START + k * 200 * MS + MS)
-            )
+            cycle.run(observation(two, START + k * 200 * MS, [0.0, 0.05]), clock(START, START + k * 200 * MS + MS))
             for k in range(4)
         ]
 
