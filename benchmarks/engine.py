@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from engine_floor import H100, stage_floors
-
 from hybrid_policy.models.config import PI05_FULL, Pi05Config
 from hybrid_policy.models.flow import step_times
 from hybrid_policy.models.pi05 import Pi05
@@ -201,7 +200,9 @@ def profile(backend, config, tokens, top=28):
     total = sum(e.device_time_total for e in rows) / 3
     print(f"  kernels: {total / 1e3:.3f} ms in sum")
     for e in rows[:top]:
-        print(f"  {e.device_time_total / 3e3:8.3f} ms {e.count // 3:5d} x {e.device_time_total / e.count:8.2f} us  {e.key[:110]}")
+        print(
+            f"  {e.device_time_total / 3e3:8.3f} ms {e.count // 3:5d} x {e.device_time_total / e.count:8.2f} us  {e.key[:110]}"
+        )
     sys.stdout.flush()
 
 
@@ -229,7 +230,9 @@ def fidelity(expected: dict[int, np.ndarray], backend, config, tokens) -> dict[s
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipes", default="bf16,seed,fp8,h100")
     parser.add_argument("--cases", default="2x48,3x200")
     parser.add_argument("--replays", type=int, default=1000)
@@ -289,7 +292,7 @@ def measure(config, source, recipe, case, tokens, views, expected, args) -> dict
     row: dict[str, object] = {"case": case, "recipe": recipe}
     if expected:
         row |= fidelity(expected, backend, config, tokens)
-    _, stages = time_backend(backend, config, tokens, min(args.replays, 300))
+    _, stages = time_backend(backend, config, tokens, min(args.replays, 150))
     row |= {f"{name}_ms": value for name, value in stages.items()}
     floors = stage_floors(config, precisions, views, tokens, H100)
     row |= {f"{name}_floor_ms": value * 1e3 for name, value in floors.items()}

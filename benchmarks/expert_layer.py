@@ -16,7 +16,6 @@ import traceback
 from pathlib import Path
 
 import torch
-
 from hybrid_policy.kernels import expert, fp8, nvfp4
 from hybrid_policy.kernels.qkv import rope_tables
 
@@ -106,7 +105,9 @@ def stage(name: str, fmt: str, buffers: Buffers, plan: tuple[int, int, int, int]
 def layer(formats: dict[str, str], buffers: Buffers, pdl: bool, attention: bool = True) -> float:
     made = [
         {
-            name: expert.ExpertGemm(weights(formats[name], rows, k), epilogue, TOKENS, heads=(8, 1, 256), pdl=pdl)
+            name: expert.ExpertGemm(
+                weights(formats[name], rows, k), epilogue, TOKENS, heads=(8, 1, 256), pdl=pdl
+            )
             for name, (epilogue, rows, k) in STAGES.items()
         }
         for _ in range(LAYERS)
@@ -126,7 +127,9 @@ def layer(formats: dict[str, str], buffers: Buffers, pdl: bool, attention: bool 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--plans", action="store_true", help="every plan, not only the chosen one")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -142,7 +145,10 @@ def main() -> None:
             return
         floor = size / 3.0e6
         rows.append((name, fmt, plan, "pdl" if pdl else "plain", us, floor))
-        print(f"{name:10} {fmt:28} {plan:16} {'pdl' if pdl else 'plain':6} {us:7.2f} us  (weights {floor:5.2f})", flush=True)
+        print(
+            f"{name:10} {fmt:28} {plan:16} {'pdl' if pdl else 'plain':6} {us:7.2f} us  (weights {floor:5.2f})",
+            flush=True,
+        )
 
     for name, (_, n, k) in STAGES.items():
         for fmt in BYTES:
@@ -151,15 +157,30 @@ def main() -> None:
             size = sum(n) * k * BYTES[fmt]
             plans = [None, *MORE_PLANS[name]] if args.plans and fmt != "bf16" else [None]
             for plan in plans:
-                note(name, fmt, str(plan or "chosen"), True, lambda n=name, f=fmt, p=plan: stage(n, f, buffers, p, True), size)
+                note(
+                    name,
+                    fmt,
+                    str(plan or "chosen"),
+                    True,
+                    lambda n=name, f=fmt, p=plan: stage(n, f, buffers, p, True),
+                    size,
+                )
             note(name, fmt, "chosen", False, lambda n=name, f=fmt: stage(n, f, buffers, None, False), size)
     attend = {pdl: expert.ExpertAttention(TOKENS, 8, 1, 256, pdl=pdl) for pdl in (True, False)}
     for pdl, run in attend.items():
+
         def chain(run=run) -> None:
             for _ in range(72):
                 run(buffers.q, *buffers.caches, buffers.valid, buffers.seen)
 
-        note("attention", "bf16 cache", "chosen", pdl, lambda c=chain: microseconds(c, 72), (VALID + TOKENS) * 1024)
+        note(
+            "attention",
+            "bf16 cache",
+            "chosen",
+            pdl,
+            lambda c=chain: microseconds(c, 72),
+            (VALID + TOKENS) * 1024,
+        )
     mixes = {
         "bf16": dict.fromkeys(STAGES, "bf16"),
         "h100": {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "e4m3"},
@@ -174,7 +195,19 @@ def main() -> None:
         about = [torch.cuda.get_device_name(), torch.__version__, time.strftime("%Y-%m-%d")]
         with (args.out / "expert_layer.csv").open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["stage", "format", "plan", "launch", "microseconds", "weights_floor", "device", "torch", "date"])
+            writer.writerow(
+                [
+                    "stage",
+                    "format",
+                    "plan",
+                    "launch",
+                    "microseconds",
+                    "weights_floor",
+                    "device",
+                    "torch",
+                    "date",
+                ]
+            )
             writer.writerows([*row, *about] for row in rows)
 
 

@@ -41,8 +41,17 @@ __device__ __forceinline__ void let_dependents_start() {
 #endif
 }
 
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+// The cluster's barrier in halves. A full release would drain every global write (MEMBAR.ALL.GPU, a microsecond); what
+// is published here is shared memory alone.
+__device__ __forceinline__ void publish_shared() {
+    asm volatile("fence.release.sync_restrict::shared::cta.cluster;\nbarrier.cluster.arrive.relaxed;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_cluster() {
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+// after the last use of a peer's memory (what was read has been stored: the reads are done)
+__device__ __forceinline__ void leave_cluster() {
+    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
 }
 
 __device__ __forceinline__ u32 of_rank(u32 address, u32 rank) {
@@ -66,12 +75,12 @@ __device__ __forceinline__ float load_remote(u32 address) {
 
 __device__ __forceinline__ void ldmatrix4(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
 }
 
 __device__ __forceinline__ void ldmatrix4_transposed(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
 }
 
 __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -121,6 +130,7 @@ constexpr int MTW = MTILES / WM;
 constexpr int KW = KSTEPS / WK;
 constexpr int NT = MT / 8;
 constexpr int PER16 = FORMAT == 0 ? 1 : FORMAT == 1 ? 2 : 4;  // k steps in a lane's 16 bytes
+constexpr int UNROLL = MTW > 2 ? 1 : PER16 == 4 ? 2 : 4;  // loads ahead of the tensor core, registers allowing
 constexpr int W_BYTES = MTILES * KSTEPS * 512 / PER16;
 constexpr int S_BYTES = FORMAT == 2 ? MTILES * KSTEPS * 32 : 0;
 constexpr int X_PITCH = KC * 2 + 16;  // 16 bytes more than a multiple of 128: ldmatrix without bank conflicts
@@ -225,7 +235,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             for (int j = 0; j < 4; j++) acc[i][n][j] = 0.0f;
 
     const u32 x_base = shared_address(x_memory) + ((lane / 16) * 8 + lane % 8) * X_PITCH + ((lane / 8) % 2) * 16;
-#pragma unroll 1
+#pragma unroll (UNROLL)
     for (int group = 0; group < KW / PER16; group++) {
         uint4 w[MTW];
         const int at = wk * (KW / PER16) + group;
@@ -307,52 +317,79 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             reinterpret_cast<float4*>(partial)[i] = sum;
         }
     }
-    cluster_barrier();
+    publish_shared();
 
+    // What the last step reads from global memory comes while the cluster meets.
     constexpr int SHARE = BN / CLUSTER;  // rows of the tile that this block finishes
+    constexpr int ITEMS = (MT * (SHARE / 4) + THREADS - 1) / THREADS;
+    constexpr int HALF = HEAD_DIM / 2;
+    float4 scale[ITEMS], first[ITEMS], second[ITEMS];
+    uint2 residual[ITEMS];
+    bool mine[ITEMS];
+    const int start = EPILOGUE == 2 ? p.start[0] : 0;
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        const int item = tid + j * THREADS, token = item / (SHARE / 4);
+        const int n = tile * BN + rank * SHARE + item % (SHARE / 4) * 4, m = first_token + token;
+        mine[j] = token < MT && m < p.tokens;
+        if (!mine[j]) continue;
+        scale[j] = *reinterpret_cast<const float4*>(p.row_scale + n);
+        if constexpr (EPILOGUE == 0) {
+            first[j] = *reinterpret_cast<const float4*>(p.gate + n);
+            residual[j] = *reinterpret_cast<const uint2*>(p.out + (size_t)m * N_TOTAL + n);
+        } else if constexpr (EPILOGUE == 1) {
+            const float2 gate = *reinterpret_cast<const float2*>(p.shift + n / 2);
+            const float2 up = *reinterpret_cast<const float2*>(p.shift + N_TOTAL / 2 + n / 2);
+            first[j] = make_float4(gate.x, up.x, gate.y, up.y);
+        } else {
+            first[j] = *reinterpret_cast<const float4*>(p.shift + n);
+            second[j] = make_float4(1.0f, 1.0f, 0.0f, 0.0f);
+            if (n / HEAD_DIM < HEADS + KV_HEADS) {
+                const size_t at = (size_t)(start + m) * HALF + n % HEAD_DIM / 2;
+                const float2 c = *reinterpret_cast<const float2*>(p.cosines + at);
+                const float2 s = *reinterpret_cast<const float2*>(p.sines + at);
+                second[j] = make_float4(c.x, c.y, s.x, s.y);
+            }
+        }
+    }
+    wait_for_cluster();
+
     const u32 partial_address = shared_address(partial), squares_address = shared_address(square_sums);
-    for (int item = tid; item < MT * (SHARE / 4); item += THREADS) {
-        const int token = item / (SHARE / 4);
+    float v[ITEMS][4], squares[ITEMS];
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        const int item = tid + j * THREADS, token = item / (SHARE / 4);
         const int row = rank * SHARE + item % (SHARE / 4) * 4;
-        const int m = first_token + token, n = tile * BN + row;
-        if (m >= p.tokens) continue;
-        float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        float squares = 0.0f;
+        v[j][0] = v[j][1] = v[j][2] = v[j][3] = squares[j] = 0.0f;
+        if (!mine[j]) continue;
 #pragma unroll
         for (int r = 0; r < CLUSTER; r++) {
             const float4 part = load_remote4(of_rank(partial_address + (token * P_PITCH + row) * 4, r));
-            v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
-            if constexpr (NORM) squares += load_remote(of_rank(squares_address + token * 4, r));
+            v[j][0] += part.x, v[j][1] += part.y, v[j][2] += part.z, v[j][3] += part.w;
+            if constexpr (NORM) squares[j] += load_remote(of_rank(squares_address + token * 4, r));
         }
-        const float root = NORM ? rsqrtf(squares / K_TOTAL + p.eps) : 1.0f;
-        const float4 scale = *reinterpret_cast<const float4*>(p.row_scale + n);
-        v[0] *= root * scale.x, v[1] *= root * scale.y, v[2] *= root * scale.z, v[3] *= root * scale.w;
+    }
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        if (!mine[j]) continue;
+        const int item = tid + j * THREADS, m = first_token + item / (SHARE / 4);
+        const int n = tile * BN + rank * SHARE + item % (SHARE / 4) * 4;
+        const float root = NORM ? rsqrtf(squares[j] / K_TOTAL + p.eps) : 1.0f;
+        const float y0 = v[j][0] * root * scale[j].x, y1 = v[j][1] * root * scale[j].y;
+        const float y2 = v[j][2] * root * scale[j].z, y3 = v[j][3] * root * scale[j].w;
+        const float4 a = first[j], b = second[j];
         if constexpr (EPILOGUE == 0) {
-            const float4 gate = *reinterpret_cast<const float4*>(p.gate + n);
-            uint2* at = reinterpret_cast<uint2*>(p.out + (size_t)m * N_TOTAL + n);
-            const uint2 residual = *at;
             uint2 result;
-            result.x = pack_bf16(fmaf(v[0], gate.x, low_of(residual.x)), fmaf(v[1], gate.y, high_of(residual.x)));
-            result.y = pack_bf16(fmaf(v[2], gate.z, low_of(residual.y)), fmaf(v[3], gate.w, high_of(residual.y)));
-            *at = result;
+            result.x = pack_bf16(fmaf(y0, a.x, low_of(residual[j].x)), fmaf(y1, a.y, high_of(residual[j].x)));
+            result.y = pack_bf16(fmaf(y2, a.z, low_of(residual[j].y)), fmaf(y3, a.w, high_of(residual[j].y)));
+            *reinterpret_cast<uint2*>(p.out + (size_t)m * N_TOTAL + n) = result;
         } else if constexpr (EPILOGUE == 1) {
-            const int f = n / 2;
-            const float2 gate = *reinterpret_cast<const float2*>(p.shift + f);
-            const float2 up = *reinterpret_cast<const float2*>(p.shift + N_TOTAL / 2 + f);
-            *reinterpret_cast<u32*>(p.out + (size_t)m * (N_TOTAL / 2) + f) =
-                pack_bf16(geglu(v[0] + gate.x, v[1] + up.x), geglu(v[2] + gate.y, v[3] + up.y));
+            *reinterpret_cast<u32*>(p.out + (size_t)m * (N_TOTAL / 2) + n / 2) =
+                pack_bf16(geglu(y0 + a.x, y1 + a.y), geglu(y2 + a.z, y3 + a.w));
         } else {
-            constexpr int HALF = HEAD_DIM / 2;
-            const float4 shift = *reinterpret_cast<const float4*>(p.shift + n);
-            v[0] += shift.x, v[1] += shift.y, v[2] += shift.z, v[3] += shift.w;
-            const int head = n / HEAD_DIM, i = n % HEAD_DIM / 2, place = p.start[0] + m;
-            if (head < HEADS + KV_HEADS) {  // rows come in pairs (i, i + HALF)
-                const float2 c = *reinterpret_cast<const float2*>(p.cosines + (size_t)place * HALF + i);
-                const float2 s = *reinterpret_cast<const float2*>(p.sines + (size_t)place * HALF + i);
-                const float a0 = v[0], b0 = v[1], a1 = v[2], b1 = v[3];
-                v[0] = a0 * c.x - b0 * s.x, v[1] = b0 * c.x + a0 * s.x;
-                v[2] = a1 * c.y - b1 * s.y, v[3] = b1 * c.y + a1 * s.y;
-            }
+            // rows come in pairs (i, i + HALF); b is (cos, cos, sin, sin), and no rotation for values
+            const float p0 = y0 + a.x, q0 = y1 + a.y, p1 = y2 + a.z, q1 = y3 + a.w;
+            const int head = n / HEAD_DIM, i = n % HEAD_DIM / 2, place = start + m;
             u16* to;
             if (head < HEADS)
                 to = p.out + ((size_t)m * HEADS + head) * HEAD_DIM;
@@ -360,11 +397,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 to = p.keys + ((size_t)place * KV_HEADS + head - HEADS) * HEAD_DIM;
             else
                 to = p.values + ((size_t)place * KV_HEADS + head - HEADS - KV_HEADS) * HEAD_DIM;
-            *reinterpret_cast<u32*>(to + i) = pack_bf16(v[0], v[2]);
-            *reinterpret_cast<u32*>(to + i + HALF) = pack_bf16(v[1], v[3]);
+            *reinterpret_cast<u32*>(to + i) = pack_bf16(p0 * b.x - q0 * b.z, p1 * b.y - q1 * b.w);
+            *reinterpret_cast<u32*>(to + i + HALF) = pack_bf16(q0 * b.x + p0 * b.z, q1 * b.y + p1 * b.w);
         }
     }
-    cluster_barrier();  // peers may still be reading this block's sums
+    leave_cluster();
 }
 #endif
 
@@ -535,6 +572,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         const u32 p_base = shared_address(p_memory) + (lane % 16) * P_PITCH_BYTES + (lane / 16) * 16;
         const u32 v_base = v_to + (lane % 16) * PITCH + (warp * WARP_DIMS + (lane / 16) * 8) * 2;
         const int steps = (min(end - first, CHUNK) + 15) / 16;
+#pragma unroll 2
         for (int k = 0; k < steps; k++) {
             u32 a0[4], a1[4];
             ldmatrix4(a0, p_base + k * 32);
@@ -564,7 +602,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 *reinterpret_cast<float2*>(o_memory + row * O_PITCH + dim) = make_float2(acc[i][n][half * 2], acc[i][n][half * 2 + 1]);
             }
         }
-    cluster_barrier();
+    publish_shared();
+    wait_for_cluster();
     constexpr int DIMS = HEAD_DIM / CLUSTER;
     const u32 o_address = shared_address(o_memory), top_address = shared_address(top_of), sum_address = shared_address(sum_of);
     for (int item = tid; item < ROWS * (DIMS / 4); item += THREADS) {
@@ -588,6 +627,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         result.y = pack_bf16(o[2] * inverse, o[3] * inverse);
         *reinterpret_cast<uint2*>(p.out + ((size_t)token * KV_HEADS * GROUP + head) * HEAD_DIM + dim) = result;
     }
-    cluster_barrier();
+    leave_cluster();
 }
 #endif

@@ -65,7 +65,7 @@ class GemmPlan:
 PLANS: dict[int, tuple[GemmPlan, ...]] = {
     QKV: (GemmPlan(64, 4, 2, 4), GemmPlan(64, 2, 2, 4), GemmPlan(32, 2, 2, 4), GemmPlan(32, 1, 2, 4)),
     RESIDUAL: (GemmPlan(64, 8, 2, 4), GemmPlan(64, 4, 2, 4), GemmPlan(32, 4, 2, 4), GemmPlan(32, 1, 2, 4)),
-    GEGLU: (GemmPlan(128, 2, 4, 2), GemmPlan(64, 2, 2, 4), GemmPlan(32, 2, 2, 4), GemmPlan(32, 1, 2, 4)),
+    GEGLU: (GemmPlan(128, 2, 2, 4), GemmPlan(64, 2, 2, 4), GemmPlan(32, 2, 2, 4), GemmPlan(32, 1, 2, 4)),
 }
 
 
@@ -82,8 +82,11 @@ def plan_gemm(epilogue: int, fmt: str, n: int, k: int, tokens: int, limit: int) 
 
 
 class _GemmArguments(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
-        *((name, ctypes.c_void_p) for name in ("x", "w", "w_scales", "row_scale", "factor", "shift", "gate", "out")),
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("x", "w", "w_scales", "row_scale", "factor", "shift", "gate", "out")
+        ),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "cosines", "sines", "start")),
         ("tokens", ctypes.c_int),
         ("eps", ctypes.c_float),
@@ -148,7 +151,9 @@ class ExpertGemm:
         limit = torch.cuda.get_device_properties(values.device).shared_memory_per_block_optin
         chosen = plan or plan_gemm(epilogue, fmt, n, k, tokens, limit)
         if chosen is None or not chosen.fits(fmt, n, k, padded_tokens(tokens), epilogue != RESIDUAL, limit):
-            raise InputError(f"expert: {fmt} [{n}, {k}], {tokens} tokens: no plan fits {limit} bytes of shared memory")
+            raise InputError(
+                f"expert: {fmt} [{n}, {k}], {tokens} tokens: no plan fits {limit} bytes of shared memory"
+            )
         self.plan = chosen
         mt = padded_tokens(tokens)
         self._grid = (n // chosen.bn * chosen.cluster, -(-tokens // mt))
@@ -209,8 +214,14 @@ class ExpertGemm:
             factor: bf16 [K], 1 + scale. shift: float32 [N] from `shift_rows`. gate: float32 [N].
             caches: bf16 [capacity, kv_heads, head_dim]. tables: from `rope_tables`. start: int32 [1].
         """
-        if tuple(x.shape) != (self._tokens, self.shape[1]) or x.dtype != torch.bfloat16 or not x.is_contiguous():
-            raise InputError.at("expert", "x", (tuple(x.shape), x.dtype), f"contiguous bf16 {(self._tokens, self.shape[1])}")
+        if (
+            tuple(x.shape) != (self._tokens, self.shape[1])
+            or x.dtype != torch.bfloat16
+            or not x.is_contiguous()
+        ):
+            raise InputError.at(
+                "expert", "x", (tuple(x.shape), x.dtype), f"contiguous bf16 {(self._tokens, self.shape[1])}"
+            )
 
         def address(tensor: Tensor | None) -> int | None:
             return None if tensor is None else tensor.data_ptr()
@@ -244,7 +255,7 @@ def _rows(x: Tensor, order: Tensor) -> Tensor:
 
 
 class _AttentionArguments(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "valid")),
         ("tokens", ctypes.c_int),
         ("scale", ctypes.c_float),
@@ -285,13 +296,24 @@ class ExpertAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, out: Tensor) -> None:
         """q, out: bf16 [tokens, heads, head_dim]; k, v: bf16 [capacity, kv_heads, head_dim]; valid: int32 [1]."""
         arguments = _AttentionArguments(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), valid.data_ptr(), self._tokens, self._scale
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            out.data_ptr(),
+            valid.data_ptr(),
+            self._tokens,
+            self._scale,
         )
         self._kernel(self._grid, arguments)
 
 
 def fits_device(
-    device: torch.device, tokens: int, width: int, mlp_dim: int, heads: tuple[int, int, int], formats: dict[str, str]
+    device: torch.device,
+    tokens: int,
+    width: int,
+    mlp_dim: int,
+    heads: tuple[int, int, int],
+    formats: dict[str, str],
 ) -> bool:
     """Whether all five launches fit a device: clusters (sm_90 or later) and enough shared memory.
 

@@ -24,8 +24,8 @@ from hybrid_policy.kernels.qkv import prefetch_l2
 
 @dataclass(frozen=True)
 class FlowWeights:
-    """The two action projections, float32: ``out_weight`` [A, K], ``out_bias`` [A], ``in_weight`` [A, K]
-    (transposed: the kernel walks it as it walks ``out_weight``), ``in_bias`` [K]."""
+    """The two action projections, float32: ``out_weight`` [A, K], ``out_bias`` [A], ``in_weight`` [K, A],
+    ``in_bias`` [K], as checkpoints hold them."""
 
     out_weight: Tensor
     out_bias: Tensor
@@ -61,7 +61,7 @@ def flow_step_reference(
         pull = strength * guide.weights[:, None] * (guide.target - (x - t * v))
         x -= dt * (v - pull)
     x.copy_(torch.where(rows < guide.clean, guide.target, x))
-    h_next.copy_(x @ weights.in_weight + weights.in_bias)
+    h_next.copy_(x @ weights.in_weight.T + weights.in_bias)
 
 
 @triton.jit
@@ -77,8 +77,9 @@ def _flow_step_kernel(
     if PDL:
         # the loop's weights have pushed these two out of L2 since the last step
         line = tl.arange(0, BLOCK_A)
-        for k0 in tl.static_range(0, K, 32 * PROGRAMS):
-            place = tl.where((line < A) & (k0 + row * 32 < K), k0 + row * 32 + line * K, 0)
+        for k0 in tl.static_range(0, K * A, 32 * BLOCK_A * PROGRAMS):
+            place = k0 + (row * BLOCK_A + line) * 32
+            place = tl.where(place < K * A, place, 0)
             prefetch_l2(out_w_ptr + place)
             prefetch_l2(in_w_ptr + place)
         gdc_wait()
@@ -86,14 +87,15 @@ def _flow_step_kernel(
     x = tl.load(x_ptr + row * A + a, mask=inside, other=0.0)
     target = tl.load(y_ptr + row * A + a, mask=inside, other=0.0)
     if not FIRST:
-        v = tl.zeros([BLOCK_A], tl.float32)
-        squares = 0.0
+        squares = tl.zeros([BLOCK_K], tl.float32)
         if NORM:
             for k0 in tl.static_range(0, K, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
                 h = tl.load(h_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-                squares += tl.sum(h * h, 0)
-        root = tl.rsqrt(squares / K + eps)
+                squares += h * h
+        root = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        # one reduction at the end: the loads of all blocks are under way at once
+        products = tl.zeros([BLOCK_A, BLOCK_K], tl.float32)
         for k0 in tl.static_range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
             h = tl.load(h_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
@@ -103,7 +105,8 @@ def _flow_step_kernel(
                 h = h * root * scale + shift
             mask = inside[:, None] & (k < K)[None, :]
             weight = tl.load(out_w_ptr + a[:, None] * K + k[None, :], mask=mask, other=0.0)
-            v += tl.sum(weight * h[None, :], 1)
+            products += weight * h[None, :]
+        v = tl.sum(products, 1)
         v += tl.load(out_b_ptr + a, mask=inside, other=0.0)
         pull = strength * tl.load(w_ptr + row) * (target - (x - t * v))
         x = x - dt * (v - pull)
@@ -111,9 +114,9 @@ def _flow_step_kernel(
     tl.store(x_ptr + row * A + a, x, mask=inside)
     for k0 in tl.static_range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        mask = inside[:, None] & (k < K)[None, :]
-        weight = tl.load(in_w_ptr + a[:, None] * K + k[None, :], mask=mask, other=0.0)
-        y = tl.sum(weight * x[:, None], 0) + tl.load(in_b_ptr + k, mask=k < K, other=0.0)
+        mask = (k < K)[:, None] & inside[None, :]
+        weight = tl.load(in_w_ptr + k[:, None] * A + a[None, :], mask=mask, other=0.0)
+        y = tl.sum(weight * x[None, :], 1) + tl.load(in_b_ptr + k, mask=k < K, other=0.0)
         tl.store(next_ptr + row * K + k, y.to(next_ptr.dtype.element_ty), mask=k < K)
 
 
@@ -147,5 +150,5 @@ def flow_step(
         h, x, h_next, weights.out_weight, weights.out_bias, weights.in_weight, weights.in_bias,
         guide.target, guide.weights, guide.clean, scale, shift, t, dt, strength, eps,
         K=width, A=actions, BLOCK_A=triton.next_power_of_2(actions), BLOCK_K=min(256, triton.next_power_of_2(width)),
-        FIRST=first, NORM=norm is not None, PROGRAMS=rows, PDL=pdl, num_warps=4, **pdl_option(pdl),
+        FIRST=first, NORM=norm is not None, PROGRAMS=rows, PDL=pdl, num_warps=8, **pdl_option(pdl),
     )  # fmt: skip

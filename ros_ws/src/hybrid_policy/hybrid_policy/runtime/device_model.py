@@ -68,8 +68,13 @@ class DeviceModel:
         self._clean_rows = rtc.mode == "prefix"
         fused = table.expert != "split"
         if self._clean_rows and fused:
-            raise ValueError("fused expert stages have one modulation a launch; mode prefix needs expert=split")
-        self._glue = {name: table.glue(name) for name in ("add_norm", "geglu", "quantise_rows", "rope_split", "flow_step")}
+            raise ValueError(
+                "fused expert stages have one modulation a launch; mode prefix needs expert=split"
+            )
+        self._glue = {
+            name: table.glue(name)
+            for name in ("add_norm", "geglu", "quantise_rows", "rope_split", "flow_step")
+        }
         self._attention: dict[tuple[int, int], object] = {}
         tokens, width = views * config.image_tokens, config.vision.width
         self._patches = tokens
@@ -202,7 +207,15 @@ class DeviceModel:
             first, second = 2 * i, 2 * i + 1
             keys, values = self.keys[i], self.values[i]
             layer.qkv(
-                h, self._fused_scale[first, k], layer.qkv_shift[k], q, keys, values, self.tables, inputs.valid, pdl=pdl
+                h,
+                self._fused_scale[first, k],
+                layer.qkv_shift[k],
+                q,
+                keys,
+                values,
+                self.tables,
+                inputs.valid,
+                pdl=pdl,
             )
             attention(q, keys, values, inputs.valid, rows, seen)  # type: ignore[operator]
             layer.out(seen.flatten(1), out=h, residual=h, gate=m.gate[first, k, 0], pdl=pdl)
@@ -234,7 +247,9 @@ class DeviceModel:
             h, scale = modulated(layer.qkv)
             q = torch.empty(rows, config.heads, config.head_dim, dtype=self.weights.dtype, device=self.device)
             keys, values = self.keys[i], self.values[i]
-            self._glue["rope_split"](layer.qkv(h), q, keys, values, self.tables, inputs.valid, row_scale=scale)
+            self._glue["rope_split"](
+                layer.qkv(h), q, keys, values, self.tables, inputs.valid, row_scale=scale
+            )
             addend, row_scale = self._attend(q, i, rows, attention, layer, inputs)
             h, scale = modulated(layer.mlp_in)
             addend, row_scale = self._mlp(h, scale, layer)
@@ -268,7 +283,15 @@ class DeviceModel:
         h = torch.empty(x.shape, dtype=dtype, device=self.device)
         out_scale = torch.empty(x.shape[0], dtype=torch.float32, device=self.device) if quantised else None
         self._glue["add_norm"](
-            x, h, scale, shift=shift, addend=addend, row_scale=row_scale, gate=gate, out_scale=out_scale, clean=clean
+            x,
+            h,
+            scale,
+            shift=shift,
+            addend=addend,
+            row_scale=row_scale,
+            gate=gate,
+            out_scale=out_scale,
+            clean=clean,
         )
         return h, out_scale
 

@@ -143,7 +143,9 @@ def build_weights(
         packed: sites that the checkpoint brings quantised.
     """
     packer = _Packer(source, precisions, packed or {}, dtype, report)
-    vision = [_vision_layer(packer, source, f"{VISION}encoder.layers.{i}.") for i in range(config.vision.depth)]
+    vision = [
+        _vision_layer(packer, source, f"{VISION}encoder.layers.{i}.") for i in range(config.vision.depth)
+    ]
     embeddings = VISION + "embeddings."
     patch = source(embeddings + "patch_embedding.weight").flatten(1).to(dtype)
     position = source(embeddings + "position_embedding.weight").float()
@@ -181,7 +183,7 @@ def build_weights(
         flow=FlowWeights(
             out_weight=source("action_out_proj.weight").float().contiguous(),
             out_bias=source("action_out_proj.bias").float(),
-            in_weight=source("action_in_proj.weight").float().t().contiguous(),
+            in_weight=source("action_in_proj.weight").float().contiguous(),
             in_bias=source("action_in_proj.bias").float(),
         ),
         routes=packer.routes,
@@ -222,7 +224,11 @@ class _Packer:
         return self.many(site)[0]
 
     def _matched(self, site: str, weight: Packed) -> Packed:
-        return weight.to(self.dtype) if self._precisions[site] == "bf16" and isinstance(weight, Tensor) else weight
+        return (
+            weight.to(self.dtype)
+            if self._precisions[site] == "bf16" and isinstance(weight, Tensor)
+            else weight
+        )
 
     def note(self, part: str, route: str) -> None:
         self.routes[part] = route
@@ -276,7 +282,12 @@ def _gemma_layer(
         down=Projection([packer.one(mlp + "down_proj")], packer.dtype),
     )
     part = "prefix" if plain else "expert"
-    for name, product in (("qkv", layer.qkv), ("o", layer.out), ("gate_up", layer.mlp_in), ("down", layer.down)):
+    for name, product in (
+        ("qkv", layer.qkv),
+        ("o", layer.out),
+        ("gate_up", layer.mlp_in),
+        ("down", layer.down),
+    ):
         packer.note(f"{part}.{name}", product.route if product is not None else "none")
     return layer
 
@@ -305,7 +316,13 @@ def _fused_layer(
     for name, product in (("o", out), ("gate_up", gate_up), ("down", down)):
         packer.note(f"expert.{name}", product.route)
     return FusedLayer(
-        qkv, out, gate_up, down, qkv.shift_rows(shift1).contiguous(), gate_shift.contiguous(), up_shift.contiguous()
+        qkv,
+        out,
+        gate_up,
+        down,
+        qkv.shift_rows(shift1).contiguous(),
+        gate_shift.contiguous(),
+        up_shift.contiguous(),
     )
 
 

@@ -44,7 +44,9 @@ class InputBlob:
         self._config, self._views = config, views
         size, horizon = config.image_size, config.horizon
         self._max_rows = views * config.image_tokens + config.max_token_len
-        image = ((views, 3, size, size), torch.float32) if float_images else ((views, size, size, 3), torch.uint8)
+        image = (
+            ((views, 3, size, size), torch.float32) if float_images else ((views, size, size, 3), torch.uint8)
+        )
         wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "images": image,
             "tokens": ((config.max_token_len,), torch.int64),
@@ -61,7 +63,9 @@ class InputBlob:
             offset += -(-fields[-1].nbytes // _ALIGN) * _ALIGN
         self._host = torch.zeros(offset, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._device = torch.zeros(offset, dtype=torch.uint8, device=device)
-        self._views_of: dict[str, NDArray[np.generic]] = {f.name: _typed(self._host, f).numpy() for f in fields}
+        self._views_of: dict[str, NDArray[np.generic]] = {
+            f.name: _typed(self._host, f).numpy() for f in fields
+        }
         on_device = {f.name: _typed(self._device, f) for f in fields}
         guide = Guide(on_device["target"], on_device["weights"], on_device["clean"])
         self.inputs = Inputs(

@@ -125,7 +125,9 @@ def load_cuda(
         )
 
 
-def device_precisions(recipe: Recipe, sites: dict[str, tuple[int, int]], device: torch.device) -> dict[str, str]:
+def device_precisions(
+    recipe: Recipe, sites: dict[str, tuple[int, int]], device: torch.device
+) -> dict[str, str]:
     """`Recipe.assign`, and what this device cannot serve refused by name.
 
     Raises:
@@ -156,7 +158,11 @@ def device_precisions(recipe: Recipe, sites: dict[str, tuple[int, int]], device:
 
 
 def choose_table(
-    rtc: RealTimeChunking, recipe: Recipe, config: Pi05Config, precisions: dict[str, str], device: torch.device
+    rtc: RealTimeChunking,
+    recipe: Recipe,
+    config: Pi05Config,
+    precisions: dict[str, str],
+    device: torch.device,
 ) -> StageTable:
     """The stages' implementations: expert.cu's clusters where device, shapes, precisions and cache allow them, else
     Triton's fused kernels; split stages where real-time chunking needs a modulation a row.

@@ -84,8 +84,16 @@ def parse_table(text: str) -> StageTable:
     changes: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
-        allowed = ("cluster", "fused", "split") if name == "expert" else ("on", "off") if name == "pdl" else ("reference", "kernel")
+        allowed = (
+            ("cluster", "fused", "split")
+            if name == "expert"
+            else ("on", "off")
+            if name == "pdl"
+            else ("reference", "kernel")
+        )
         if name not in (*STAGES, "pdl") or value not in allowed:
-            raise InputError.at("stages", name, value, f"{', '.join(STAGES)} or pdl, with {' or '.join(allowed)}")
+            raise InputError.at(
+                "stages", name, value, f"{', '.join(STAGES)} or pdl, with {' or '.join(allowed)}"
+            )
         changes[name] = value == "on" if name == "pdl" else value
     return StageTable(**changes)

@@ -32,11 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     parser.add_argument("checkpoint", type=Path, help="a checkpoint directory that is not quantised")
     parser.add_argument("out", type=Path, help="the recipe to write")
-    parser.add_argument("--bound", type=float, default=0.1, help="largest relative action error (default 0.1)")
+    parser.add_argument(
+        "--bound", type=float, default=0.1, help="largest relative action error (default 0.1)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--tokens", type=int, help="prompt tokens to tune for (default: the longest)")
-    parser.add_argument("--calibrate", metavar="OBSERVATIONS", help="a folder of .npz observations (default: made up)")
-    parser.add_argument("--observations", type=int, default=4, help="how many to judge the action by (default 4)")
+    parser.add_argument(
+        "--calibrate", metavar="OBSERVATIONS", help="a folder of .npz observations (default: made up)"
+    )
+    parser.add_argument(
+        "--observations", type=int, default=4, help="how many to judge the action by (default 4)"
+    )
     parser.add_argument("--tokenizer", help="a tokenizer file, where the checkpoint has none")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
 

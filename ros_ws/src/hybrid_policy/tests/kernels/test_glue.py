@@ -4,7 +4,6 @@ import os
 
 import pytest
 import torch
-
 from hybrid_policy.kernels import attention, flow_step, norm, qkv
 
 interpreted = pytest.mark.skipif(
@@ -59,7 +58,9 @@ def test_add_norm_reference_is_layer_norm_and_rms_norm():
     x, scale, shift = torch.randn(4, 96), torch.randn(96), torch.randn(96)
     out = poison(4, 96)
     norm.add_norm_reference(x, out, scale, shift=shift, layer_norm=True)
-    torch.testing.assert_close(out, torch.nn.functional.layer_norm(x, (96,), scale, shift, 1e-6), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        out, torch.nn.functional.layer_norm(x, (96,), scale, shift, 1e-6), atol=1e-5, rtol=1e-5
+    )
     norm.add_norm_reference(x, out, scale)
     torch.testing.assert_close(out, torch.nn.functional.rms_norm(x, (96,), scale, 1e-6), atol=1e-5, rtol=1e-5)
 
@@ -94,7 +95,11 @@ def test_rope_split(heads, kv_heads, head_dim, start):
     place = None if start is None else torch.tensor([start], dtype=torch.int32)
     results = []
     for function in (qkv.rope_split, qkv.rope_split_reference):
-        q, k, v = poison(rows, heads, head_dim), torch.zeros(capacity, kv_heads, head_dim), torch.zeros(capacity, kv_heads, head_dim)
+        q, k, v = (
+            poison(rows, heads, head_dim),
+            torch.zeros(capacity, kv_heads, head_dim),
+            torch.zeros(capacity, kv_heads, head_dim),
+        )
         function(projected, q, k, v, tables, place, row_scale=torch.full((rows,), 0.5))
         results.append((q, k, v))
     for ours, theirs in zip(*results, strict=True):
@@ -110,13 +115,17 @@ def test_rope_reference_is_the_models():
     qkv.rope_split_reference(projected, q, k, v, qkv.rope_tables(9, 32, DEVICE), start)
     rope = rope_table(torch.arange(3, 8)[None], 32)
     torch.testing.assert_close(q, apply_rope(projected[None, :, None, :32], rope)[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(k[3:8], apply_rope(projected[None, :, None, 32:64], rope)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        k[3:8], apply_rope(projected[None, :, None, 32:64], rope)[0], atol=1e-5, rtol=1e-5
+    )
     assert (k[:3] == 0).all()
     torch.testing.assert_close(v[3:8, 0], projected[:, 64:])
 
 
 @interpreted
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "width"), [(2, 1, 32, 48), (4, 1, 64, 300), (2, 2, 32, 64)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "width"), [(2, 1, 32, 48), (4, 1, 64, 300), (2, 2, 32, 64)]
+)
 def test_fused_qkv(heads, kv_heads, head_dim, width):
     rows, capacity = 5, 16
     n = (heads + 2 * kv_heads) * head_dim
@@ -136,7 +145,24 @@ def test_fused_qkv(heads, kv_heads, head_dim, width):
 
 def test_interleaving_is_a_permutation_of_pairs():
     rows = torch.arange(16.0)[:, None]
-    assert qkv.interleave_halves(rows, 8)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
+    assert qkv.interleave_halves(rows, 8)[:, 0].tolist() == [
+        0,
+        4,
+        1,
+        5,
+        2,
+        6,
+        3,
+        7,
+        8,
+        12,
+        9,
+        13,
+        10,
+        14,
+        11,
+        15,
+    ]
 
 
 @interpreted
@@ -170,7 +196,9 @@ def test_attention_reference_is_scaled_dot_product_attention():
     out = poison(6, 4, 32)
     attention.attention_reference(q, k, v, torch.tensor([9], dtype=torch.int32), 6, out, 32**-0.5)
     expected = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(0, 1), k[:15].transpose(0, 1).repeat_interleave(2, 0), v[:15].transpose(0, 1).repeat_interleave(2, 0)
+        q.transpose(0, 1),
+        k[:15].transpose(0, 1).repeat_interleave(2, 0),
+        v[:15].transpose(0, 1).repeat_interleave(2, 0),
     )
     torch.testing.assert_close(out, expected.transpose(0, 1), atol=1e-5, rtol=1e-5)
 
@@ -192,14 +220,25 @@ def test_flow_step(first, raw):
     rows, actions, width = 4, 7, 80
     h, x = torch.randn(rows, width), torch.randn(rows, actions)
     weights = flow_step.FlowWeights(
-        torch.randn(actions, width) / 9, torch.randn(actions), torch.randn(actions, width), torch.randn(width)
+        torch.randn(actions, width) / 9, torch.randn(actions), torch.randn(width, actions), torch.randn(width)
     )
-    guide = flow_step.Guide(torch.randn(rows, actions), torch.rand(rows), torch.tensor([1], dtype=torch.int32))
+    guide = flow_step.Guide(
+        torch.randn(rows, actions), torch.rand(rows), torch.tensor([1], dtype=torch.int32)
+    )
     scale, shift = torch.randn(2, width)
     ours, theirs, out, expected = x.clone(), x.clone(), poison(rows, width), poison(rows, width)
     normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6) * scale + shift
     flow_step.flow_step(
-        h if raw else normed, ours, out, weights, guide, 0.7, 0.1, 3.0, first=first, norm=(scale, shift) if raw else None
+        h if raw else normed,
+        ours,
+        out,
+        weights,
+        guide,
+        0.7,
+        0.1,
+        3.0,
+        first=first,
+        norm=(scale, shift) if raw else None,
     )
     flow_step.flow_step_reference(normed, theirs, expected, weights, guide, 0.7, 0.1, 3.0, first=first)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)

@@ -3,10 +3,9 @@
 import pytest
 import triton
 import triton.language as tl
+from hybrid_policy.kernels import attention, flow_step, norm, qkv
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from hybrid_policy.kernels import attention, flow_step, norm, qkv
 
 TARGETS = [89, 90, 100, 110, 120]
 
@@ -32,7 +31,10 @@ def no_stack(program):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_attention_compiles(target):
-    for plan, extra in ((attention.plan_attention(400, 1018, 256), 50), (attention.plan_attention(4480, 1018, 256), 0)):
+    for plan, extra in (
+        (attention.plan_attention(400, 1018, 256), 50),
+        (attention.plan_attention(4480, 1018, 256), 0),
+    ):
         constants = {
             "GROUP": 8, "KV_HEADS": 1, "HEAD_DIM": 256, "PADDED": 256, "BLOCK_M": plan.block_m,
             "BLOCK_N": plan.block_n, "SPLITS": plan.splits, "STAGES": plan.stages, "COMPUTE": tl.bfloat16,
@@ -52,7 +54,21 @@ def test_fused_qkv_compiles(target, weight):
         "K": 1024, "HEADS": 8, "KV_HEADS": 1, "HEAD_DIM": 256, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": block_k,
         "STAGES": stages, "COMPUTE": tl.bfloat16, "PDL": target >= 90, "LINE": 64 if weight == "bf16" else 128,
     }  # fmt: skip
-    types = ["*bf16", "*" + weight, "*fp32", "*bf16", "*fp32", "*bf16", "*bf16", "*bf16", "*fp32", "*fp32", "*i32", "i32", "fp32"]
+    types = [
+        "*bf16",
+        "*" + weight,
+        "*fp32",
+        "*bf16",
+        "*fp32",
+        "*bf16",
+        "*bf16",
+        "*bf16",
+        "*fp32",
+        "*fp32",
+        "*i32",
+        "i32",
+        "fp32",
+    ]
     program = compiled(qkv._fused_qkv_kernel, types, constants, target, warps, stages)
     no_stack(program)
     assert "mma" in program.asm["ptx"]
@@ -62,15 +78,41 @@ def test_fused_qkv_compiles(target, weight):
 
 @pytest.mark.parametrize("target", [90, 110])
 def test_glue_compiles(target):
-    flags = dict.fromkeys(("LAYER_NORM", "HAS_SHIFT", "HAS_Y", "HAS_ROW", "HAS_BIAS", "HAS_GATE", "QUANTISE", "PDL"), True)
-    types = ["*fp32", "*fp8e4nv", "*fp32", "*fp32", "*bf16", "*fp32", "*fp32", "*fp32", "*fp32", "i32", "i32", "fp32"]
+    flags = dict.fromkeys(
+        ("LAYER_NORM", "HAS_SHIFT", "HAS_Y", "HAS_ROW", "HAS_BIAS", "HAS_GATE", "QUANTISE", "PDL"), True
+    )
+    types = [
+        "*fp32",
+        "*fp8e4nv",
+        "*fp32",
+        "*fp32",
+        "*bf16",
+        "*fp32",
+        "*fp32",
+        "*fp32",
+        "*fp32",
+        "i32",
+        "i32",
+        "fp32",
+    ]
     constants = {**flags, "HAS_CLEAN": False, "BLOCK": 2048, "clean_ptr": None}
     no_stack(compiled(norm._add_norm_kernel, types, constants, target, norm.norm_warps(2048)))
     constants = {"BLOCK": 16384, "HAS_ROW": True, "QUANTISE": True, "PDL": True}
-    no_stack(compiled(norm._geglu_kernel, ["*bf16", "*fp8e4nv", "*fp32", "*fp32", "i32"], constants, target, 16))
-    constants = {"HEADS": 8, "KV_HEADS": 1, "HALF": 128, "BLOCK_H": 16, "BLOCK_D": 128, "HAS_START": True, "HAS_ROW": True, "PDL": True}
+    no_stack(
+        compiled(norm._geglu_kernel, ["*bf16", "*fp8e4nv", "*fp32", "*fp32", "i32"], constants, target, 16)
+    )
+    constants = {
+        "HEADS": 8,
+        "KV_HEADS": 1,
+        "HALF": 128,
+        "BLOCK_H": 16,
+        "BLOCK_D": 128,
+        "HAS_START": True,
+        "HAS_ROW": True,
+        "PDL": True,
+    }
     types = ["*bf16", "*bf16", "*fp8e4nv", "*fp8e4nv", "*fp32", "*fp32", "*i32", "*fp32"]
     no_stack(compiled(qkv._rope_split_kernel, types, constants, target, 4))
-    constants = {"K": 1024, "A": 32, "BLOCK_A": 32, "BLOCK_K": 256, "FIRST": False, "NORM": True, "PDL": True}
+    constants = {"K": 1024, "A": 32, "BLOCK_A": 32, "BLOCK_K": 256, "FIRST": False, "NORM": True, "PROGRAMS": 50, "PDL": True}
     types = ["*bf16", "*fp32", "*bf16"] + ["*fp32"] * 6 + ["*i32", "*fp32", "*fp32"] + ["fp32"] * 4
     no_stack(compiled(flow_step._flow_step_kernel, types, constants, target, 4))
