@@ -290,6 +290,11 @@ class ControlLoop:
             # A speed has no end of its own: past the chunk's last step it must become 0.
             self._enter_hold("the chunk ended before a new one came", HOLDING)
             return
+        if current is not None:
+            # The cubic of the first segment starts with the speed of before and may swing past its point.
+            limits, start = self.cycle.robot.limits, current.start_position
+            lowest, highest = np.minimum(limits.lower, start), np.maximum(limits.upper, start)
+            self._commanded = np.clip(self._commanded, lowest, highest)
         self.output.tick(self._commanded, now)
 
     def _faults(self, now: int) -> list[Fault]:
