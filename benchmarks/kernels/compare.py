@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import dataclasses
 import datetime
 import statistics
 import sys
@@ -34,14 +35,28 @@ from timing import graph_time_us, weight_sets
 Row = dict[str, object]
 
 
-def time_ours(problem: p.Problem, pdl: bool) -> tuple[float, float, str]:
-    """(us, relative error, the tile) of our kernel with the tile that the tables give."""
+def swept_tiles(path: Path) -> dict[tuple[str, int], tiles.Tile]:
+    """The fastest tile of each problem in a sweep's CSV."""
+    best: dict[tuple[str, int], tuple[float, tiles.Tile]] = {}
+    kinds = {field.name: field.type for field in dataclasses.fields(tiles.Tile)}
+    for row in csv.DictReader(path.open()):
+        if row["us"]:
+            values = {k: row[k] == "True" if kind == "bool" else int(row[k]) for k, kind in kinds.items()}
+            found = (float(row["us"]), tiles.Tile(**values))
+            key = (row["problem"], int(row["m"]))
+            best[key] = min(best.get(key, found), found, key=lambda pair: pair[0])
+    return {key: tile for key, (_, tile) in best.items()}
+
+
+def time_ours(problem: p.Problem, pdl: bool, swept: dict[tuple[str, int], tiles.Tile]) -> tuple[float, float, str]:
+    """(us, relative error, the tile) of our kernel, by the tables or by a sweep just made."""
     bytes_each = int(problem.n * problem.k * {"bf16": 2, "fp8": 1, "nvfp4": 0.5625}[problem.fmt])
     packs = [p.random_weight(problem, seed) for seed in range(weight_sets(bytes_each))]
     inputs, out = p.Inputs.random(problem, 0), p.output(problem)
     capability = capability_of(out.device)
     pick = tiles.gate_up_tile if problem.geglu else tiles.linear_tile
     tile = pick(problem.fmt, problem.m, problem.n, problem.k, capability)
+    tile = swept.get((problem.name, problem.m), tile)
     arguments = p.launch_arguments(problem, inputs)
     packs[-1].launch(inputs.operand, out, tile, pdl=False, **arguments)
     error = p.relative_error(problem, packs[-1], inputs, out, tile.bk)
@@ -130,8 +145,13 @@ def quantiser_rows() -> list[Row]:
             "ours behind RMSNorm" + tag,
             graph_time_us([lambda x=x: activations.quantize_nvfp4(x, packed, factor=factor, pdl=pdl) for x in inputs]),
         )
-        add("ours to FP8" + tag, graph_time_us([lambda x=x: activations.quantize_fp8(x, values, scale, pdl=pdl) for x in inputs]))
-    add("Python sequence, in a CUDA graph", graph_time_us([lambda x=x: python_sequence.quantize(x) for x in inputs[:4]]))
+        add(
+            "ours to FP8" + tag,
+            graph_time_us([lambda x=x: activations.quantize_fp8(x, values, scale, pdl=pdl) for x in inputs]),
+        )
+    add(
+        "Python sequence, in a CUDA graph", graph_time_us([lambda x=x: python_sequence.quantize(x) for x in inputs[:4]])
+    )
     add("Python sequence, as called", wall_us(lambda: python_sequence.quantize(inputs[0])))
     return rows
 
@@ -142,19 +162,21 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("kernels.csv"))
     parser.add_argument("--no-humming", action="store_true")
     parser.add_argument("--only", default="", help="time only lines whose name contains this")
+    parser.add_argument("--tiles", type=Path, help="a sweep's CSV whose winners replace the tables' tiles")
     args = parser.parse_args()
+    swept = {} if args.tiles is None else swept_tiles(args.tiles)
     rows: list[Row] = []
-    shapes = [p.EXPERT, p.EXPERT_NORM, p.PREFIX_SMALL, p.PREFIX, p.DOWN, p.QKV, p.OUT]
+    shapes = [p.EXPERT, p.EXPERT_NORM, p.PREFIX_SMALL, p.PREFIX, p.DOWN, p.DOWN_GIVEN, p.DOWN_NVFP4, p.QKV, p.OUT]
     for problem in shapes:
         lines: list[tuple[str, Callable[[], object]]] = [
-            ("ours", lambda q=problem: time_ours(q, False)),
-            ("ours pdl", lambda q=problem: time_ours(q, True)),
+            ("ours", lambda q=problem: time_ours(q, False, swept)),
+            ("ours pdl", lambda q=problem: time_ours(q, True, swept)),
         ]
-        if not problem.norm:
+        alone = not problem.norm and not problem.quantised and problem is not p.DOWN_NVFP4
+        if alone:
             lines += [(f"cuBLAS {f}", lambda q=problem, f=f: time_library(q, f)) for f in ("bf16", "fp8 by row", "fp8")]
-        if problem.fmt != "bf16" and not problem.norm and not args.no_humming:
-            lines += [("humming W4A16", lambda q=problem: time_humming(q, False)),
-                      ("humming W4A16 pdl", lambda q=problem: time_humming(q, True))]  # fmt: skip
+        if problem.fmt != "bf16" and alone and not args.no_humming:
+            lines.append(("humming W4A16", lambda q=problem: time_humming(q, False)))
         for what, measure in lines:
             if args.only not in what:
                 continue
@@ -183,7 +205,9 @@ def main() -> int:
             if "relative_error" in row:
                 row["relative_error"] = f"{row['relative_error']:.2e}"
             writer.writerow(row)
-            print(f"{row['problem']:42} M={row['m']:<4} {row['what']:32} {row['us']:>9} us {row.get('relative_error', '')}")
+            print(
+                f"{row['problem']:42} M={row['m']:<4} {row['what']:32} {row['us']:>9} us {row.get('relative_error', '')}"
+            )
     return 0
 
 

@@ -29,37 +29,54 @@ def tiles_of(name: str) -> list[tuple[Problem, list[Tile]]]:
     """The configurations of one group."""
     t = Tile
     if name == "expert":
-        tiles = [t(64, 64, 256, 4, s, swap=w, tma_x=True, tma_w=True, trigger=g) for s in (3, 4) for w in (True, False) for g in (0, 1)]
-        tiles += [t(64, 64, 128, 4, s, swap=True, tma_x=True) for s in (3, 5, 6)]
+        tiles = [t(64, 64, 256, 4, s, swap=w, tma_x=True, tma_w=True) for s in (3, 4) for w in (True, False)]
+        tiles += [
+            t(64, 64, 128, 4, 6, swap=True, tma_x=True),
+            t(64, 64, 256, 4, 3, swap=True, tma_x=True, tma_w=True, prefetch=0),
+        ]
         tiles += [t(64, 128, 256, 8, s, swap=True, tma_x=True, tma_w=True) for s in (2, 3)]
         tiles += [t(64, 128, 128, 8, s, swap=True, tma_x=True) for s in (4, 6)]
-        return [(EXPERT, tiles), (EXPERT_NORM, [t(64, 64, 256, 4, 2, swap=True)])]
+        return [(EXPERT, tiles), (EXPERT_NORM, [t(64, 64, 256, 4, 2, swap=True), t(64, 64, 128, 4, 3, swap=True)])]
     if name == "prefix_small":
-        tiles = [t(64, 128, 128, 8, s, swap=True, tma_x=True, trigger=g) for s in (2, 3, 4) for g in (0, 1)]
+        tiles = [t(64, 128, 128, 8, s, swap=True, tma_x=True, prefetch=p) for s in (2, 3, 4) for p in (0, 256)]
         tiles += [t(64, 256, 128, w, s, swap=True, tma_x=True) for w in (8, 16) for s in (2, 3)]
         return [(PREFIX_SMALL, tiles)]
     if name == "prefix":
         tiles = [t(256, 128, 128, 8, 2, swap=True, bm2=32, tma_x=True), t(128, 256, 128, 16, 3, swap=True, tma_x=True)]
         tiles += [t(128, 256, 128, w, s, swap=True, bm2=16, tma_x=True) for w in (8, 16) for s in (2, 3)]
-        tiles += [t(128, 256, 128, 16, 4, swap=True, bm2=16, tma_x=True), t(128, 128, 128, 8, 3, swap=True, bm2=64, tma_x=True)]
+        tiles += [
+            t(128, 256, 128, 16, 4, swap=True, bm2=16, tma_x=True),
+            t(128, 128, 128, 8, 3, swap=True, bm2=64, tma_x=True),
+        ]
         return [(PREFIX, tiles)]
     if name == "down":
-        rows = [(64, 512, 8, 8, 1), (64, 512, 8, 16, 1), (64, 256, 8, 8, 2), (64, 256, 16, 8, 1), (32, 512, 8, 8, 1), (128, 256, 16, 8, 1),
-                (128, 512, 8, 8, 1), (32, 512, 4, 8, 1), (64, 512, 8, 4, 1), (64, 512, 4, 8, 1)]  # fmt: skip
-        tiles = [t(64, bn, bk, w, s, split=p, trigger=g) for bn, bk, p, w, s in rows for g in (0, 1)]
-        tiles += [t(64, bn, bk, w, s, split=p, tma_x=True, tma_w=True) for bn, bk, p, w, s in rows]
-        rows = [(32, 256, 4, 4, 3), (64, 256, 8, 4, 2), (64, 256, 8, 8, 2), (64, 512, 8, 8, 1), (32, 512, 4, 4, 2), (32, 512, 8, 4, 1),
-                (16, 512, 2, 4, 3), (32, 256, 8, 4, 2), (16, 512, 4, 4, 2), (32, 128, 4, 4, 6), (64, 128, 8, 4, 4)]  # fmt: skip
+        rows = [
+            (64, 512, 8, 8, 1),
+            (64, 256, 8, 8, 2),
+            (32, 512, 8, 8, 1),
+            (128, 512, 8, 8, 1),
+            (32, 512, 4, 8, 1),
+            (64, 512, 8, 4, 1),
+        ]
+        tiles = [t(64, bn, bk, w, s, split=p, tma_x=b, tma_w=b) for bn, bk, p, w, s in rows for b in (False, True)]
+        tiles += [t(64, 64, 512, 8, 1, split=8, trigger=1), t(64, 64, 512, 8, 1, split=8, prefetch=0)]
+        rows = [
+            (32, 256, 4, 4, 3),
+            (64, 256, 8, 4, 2),
+            (64, 512, 8, 8, 1),
+            (32, 512, 4, 4, 2),
+            (32, 512, 8, 4, 1),
+            (16, 512, 2, 4, 3),
+        ]
         given = [t(64, bn, bk, w, s, split=p, tma_x=True, tma_w=True) for bn, bk, p, w, s in rows]
-        given += [t(64, 64, 512, 8, 1, split=8), t(64, 32, 512, 4, 1, split=8), t(64, 32, 256, 4, 3, split=4)]
+        given += [t(64, 64, 512, 8, 1, split=8), t(64, 32, 512, 4, 1, split=8)]
         nvfp4 = [t(64, 32, 256, 4, 3, split=4, tma_x=True, tma_w=True), t(64, 64, 256, 4, 2, split=8, swap=True, tma_x=True, tma_w=True),
                  t(64, 64, 256, 4, 2, split=8, tma_x=True, tma_w=True), t(64, 64, 128, 4, 4, split=8, swap=True, tma_x=True)]  # fmt: skip
         return [(DOWN, tiles), (DOWN_GIVEN, given), (DOWN_NVFP4, nvfp4)]
-    small = [t(64, 16, 256, 4, 4, tma_x=True), t(64, 32, 256, 4, 3, tma_x=True, tma_w=True), t(64, 32, 256, 4, 3, tma_x=True),
-             t(64, 32, 256, 4, 2, tma_x=True, tma_w=True, split=2), t(64, 64, 256, 4, 2, tma_x=True, tma_w=True, split=2),
-             t(64, 32, 256, 4, 2, tma_x=True, tma_w=True, split=4), t(64, 64, 256, 4, 2, tma_x=True, tma_w=True, split=4),
-             t(64, 16, 256, 4, 3, tma_x=True, tma_w=True, split=2), t(64, 64, 256, 4, 1, split=8), t(64, 32, 256, 4, 1, split=8)]  # fmt: skip
-    return [(QKV, small[:8]), (OUT, small)]
+    qkv = [t(64, 32, 256, 4, 3, tma_x=True, tma_w=True), t(64, 32, 256, 4, 3, tma_x=True)]
+    out = [t(64, 16, 256, 4, 4, tma_x=True), t(64, 32, 256, 4, 2, tma_x=True, tma_w=True, split=2),
+           t(64, 32, 256, 4, 2, tma_x=True, tma_w=True, split=4), t(64, 64, 256, 4, 1, split=8)]  # fmt: skip
+    return [(QKV, qkv), (OUT, out)]
 
 
 GROUPS = ("expert", "prefix_small", "prefix", "down", "bf16")
@@ -82,7 +99,11 @@ def check(job: tuple[int, Problem, Tile, bool]) -> tuple[int, str, float]:
         torch.cuda.synchronize()
         return index, "", relative_error(problem, packed, inputs, out, tile.bk)
     except Exception as error:  # every kind is reported and the others go on
-        return index, f"{type(error).__name__}: {error}".splitlines()[0][:160] + traceback.format_exc()[-300:], float("nan")
+        return (
+            index,
+            f"{type(error).__name__}: {error}".splitlines()[0][:160] + traceback.format_exc()[-300:],
+            float("nan"),
+        )
 
 
 def main() -> int:
@@ -139,8 +160,26 @@ def main() -> int:
         print(name)
         timed = [r for r in rows if (r["problem"], r["m"]) == name and r["us"]]
         for r in sorted(timed, key=lambda r: float(r["us"]))[:24]:
-            keys = ("us", "bm", "bm2", "bn", "bk", "warps", "stages", "swap", "split", "tma_x", "tma_w", "rotate", "trigger", "pdl", "relative_error")
-            print("  ", *(f"{key}={r[key]}" if key != "us" else f"{r[key]:>7} us" for key in keys if r[key] is not False))
+            keys = (
+                "us",
+                "bm",
+                "bm2",
+                "bn",
+                "bk",
+                "warps",
+                "stages",
+                "swap",
+                "split",
+                "tma_x",
+                "tma_w",
+                "rotate",
+                "trigger",
+                "pdl",
+                "relative_error",
+            )
+            print(
+                "  ", *(f"{key}={r[key]}" if key != "us" else f"{r[key]:>7} us" for key in keys if r[key] is not False)
+            )
     return 0
 
 

@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 
 #: Four pairs of a word (see packing.py), each multiplied by the group's scale: $4 the word, $5 the scale twice.
+#: Products are written as fma with -0, which is the same number and, unlike mul.bf16x2, exists before sm_90.
 _DECODE_WORD: tl.constexpr = tl.constexpr("""
 {
-    .reg .b32 a, b, c, d, t, u;
+    .reg .b32 a, b, c, d, t, u, z;
+    mov.b32 z, 0x80008000;
     and.b32 a, $4, 0x81C081C0;
     shl.b32 t, $4, 3;
     shl.b32 u, $4, 2;
@@ -22,21 +24,22 @@ _DECODE_WORD: tl.constexpr = tl.constexpr("""
     shl.b32 t, $4, 1;
     shr.u32 u, $4, 4;
     lop3.b32 d, t, u, 0x81C081C0, 0x28;
-    mul.rn.bf16x2 $0, a, $5;
-    mul.rn.bf16x2 $1, b, $5;
-    mul.rn.bf16x2 $2, c, $5;
-    mul.rn.bf16x2 $3, d, $5;
+    fma.rn.bf16x2 $0, a, $5, z;
+    fma.rn.bf16x2 $1, b, $5, z;
+    fma.rn.bf16x2 $2, c, $5, z;
+    fma.rn.bf16x2 $3, d, $5, z;
 }
 """)
 
 #: E4M3 bits placed in a bfloat16 are s * 2**-120 (subnormals included); times 2**119 times 2**120 is s * 2**119.
 _EXPAND_SCALE: tl.constexpr = tl.constexpr("""
 {
-    .reg .b32 t, u, v;
+    .reg .b32 t, u, v, z;
+    mov.b32 z, 0x80008000;
     mov.b32 u, 0x7B007B00;
     mov.b32 v, 0x7B807B80;
-    mul.rn.bf16x2 t, $1, u;
-    mul.rn.bf16x2 $0, t, v;
+    fma.rn.bf16x2 t, $1, u, z;
+    fma.rn.bf16x2 $0, t, v, z;
 }
 """)
 
@@ -68,9 +71,7 @@ def nvfp4_tile(words, scales, BN: tl.constexpr, BK: tl.constexpr, EXACT: tl.cons
         mantissa_v = (index & 1).to(tl.float32) * 0.5
         value = tl.where(index < 2, mantissa_v, 1.0 + mantissa_v) * two_e
         value = tl.where(halves >= 0x8000, -value, value)
-        return value.reshape(BN, BK) * tl.broadcast_to(
-            scale.reshape(BN, BK // 8, 1), (BN, BK // 8, 8)
-        ).reshape(BN, BK)
+        return value.reshape(BN, BK) * tl.broadcast_to(scale.reshape(BN, BK // 8, 1), (BN, BK // 8, 8)).reshape(BN, BK)
     else:
         bits = scales.to(tl.int32) << 4
         scale = tl.inline_asm_elementwise(

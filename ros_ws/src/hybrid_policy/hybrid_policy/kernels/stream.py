@@ -67,12 +67,9 @@ class StreamWeight(torch.nn.Module):
             packed = weight.to(torch.bfloat16).contiguous()
         self.register_buffer("weight", packed, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
-        self.register_buffer(
-            "row_scale", None if row_scale is None else row_scale.contiguous(), persistent=False
-        )
-        # Filled on the first call that splits K (or transposes nothing): see workspace().
-        self.partial: torch.Tensor | None = None
-        self.counter: torch.Tensor | None = None
+        self.register_buffer("row_scale", None if row_scale is None else row_scale.contiguous(), persistent=False)
+        # Filled by the first call of each tile that splits K: see workspace().
+        self.partials: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def dequantized(self) -> torch.Tensor:
         """Float32 [N, K]."""
@@ -87,17 +84,22 @@ class StreamWeight(torch.nn.Module):
         return self.weight.float()
 
     def workspace(self, tile: Tile, m: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Split-K's tiles and arrival counters; allocated at the first call that needs them, then kept."""
+        """Split-K's tiles and arrival counters; allocated at the first call that needs them, then kept.
+
+        One pair for each split and grid: a counter stands at a multiple of its own split between launches. They make a
+        packed weight usable by one stream at a time.
+        """
         if tile.split == 1:
             return None, None
         tiles = -(-m // tile.bm) * -(-self.n // tile.bn)
-        size = tile.split * tiles * tile.bm * tile.bn
-        if self.partial is None or self.partial.numel() < size or self.counter is None:
-            self.partial = torch.empty(size, dtype=torch.float32, device=self.weight.device)
-            self.counter = torch.zeros(tiles, dtype=torch.int32, device=self.weight.device)
-        if self.counter.numel() < tiles:
-            self.counter = torch.zeros(tiles, dtype=torch.int32, device=self.weight.device)
-        return self.partial, self.counter
+        key = (tile.split, tile.bm, tile.bn, tiles)
+        if key not in self.partials:
+            device = self.weight.device
+            self.partials[key] = (
+                torch.empty(tile.split * tiles * tile.bm * tile.bn, dtype=torch.float32, device=device),
+                torch.zeros(tiles, dtype=torch.int32, device=device),
+            )
+        return self.partials[key]
 
     def operands(self, x: torch.Tensor, tile: Tile, exact: bool) -> tuple[Any, Any, Any, Any]:
         """x, the second token tile's x, weights and scales: pointers, or descriptors for the bulk copy engine."""
@@ -150,9 +152,7 @@ class StreamWeight(torch.nn.Module):
         )  # fmt: skip
 
 
-def constants(
-    fmt: Format, n: int, k: int, tile: Tile, *, geglu: bool, pdl: bool, exact: bool
-) -> dict[str, Any]:
+def constants(fmt: Format, n: int, k: int, tile: Tile, *, geglu: bool, pdl: bool, exact: bool) -> dict[str, Any]:
     """The constexpr arguments of ``stream_gemm``."""
     weight_bytes = {"bf16": 2, "fp8": 1, "nvfp4": 0.5}[fmt]
     # Whole lines of this program's weights, a power of two of them; none where the last tile is ragged.

@@ -65,13 +65,18 @@ def shared_bytes(tile: Tile, fmt: Format) -> int:
 
 
 def fit(tile: Tile, fmt: Format, capability: int) -> Tile:
-    """``tile`` with fewer stages, then a shorter K step, until it fits the target's shared memory."""
+    """``tile`` with fewer stages, then a shorter K step, then fewer tokens, until the target's shared memory holds it.
+
+    With SWAP a step stays at 128 or more: Triton leaves up to seven of a step's products of 16 columns in flight, so a
+    shorter step would let the next copy overwrite x under a product still running (seen on an H100 with 64).
+    """
     limit = SHARED_MEMORY.get(capability, 101376)
+    shortest = 128 if tile.swap or fmt == "fp8" else 64
     while shared_bytes(tile, fmt) > limit:
         if tile.stages > 2:
             tile = replace(tile, stages=tile.stages - 1)
-        elif tile.bk > 64 and fmt != "fp8":
-            tile = replace(tile, bk=tile.bk // 2)
+        elif tile.bk > shortest:
+            tile = replace(tile, bk=tile.bk // 2, tma_w=tile.tma_w and fmt != "nvfp4")
         elif tile.bm2:
             tile = replace(tile, bm2=0)
         elif tile.bm > 64:
@@ -105,37 +110,75 @@ def power_of_two_at_least(value: int, least: int, most: int) -> int:
     return result
 
 
+def bulk_copies(k: int, capability: int) -> bool:
+    """Whether x [M, k] can be loaded by the bulk tensor copy engine: it is there, and rows are multiples of 16 bytes."""
+    return capability == 90 and k % 16 == 0
+
+
 def gate_up_tile(fmt: Format, m: int, n: int, k: int, capability: int) -> Tile:
     """The tile of ``gate_up_geglu``; ``n`` = 2F rows, ``k`` columns, ``m`` tokens."""
+    bulk = bulk_copies(k, capability)
+    if not bulk:
+        return _portable_tile(fmt, m, n, capability)
     if m <= 64:
         bm = power_of_two_at_least(m, 16, 64)
-        tile = Tile(bm=bm, bn=64, bk=128, warps=4, stages=3)
-        if n >= 16384:
-            tile = Tile(bm=bm, bn=128, bk=128, warps=8, stages=3, swap=True)
-    elif m <= 128:
-        tile = Tile(bm=128, bn=128, bk=64, warps=8, stages=3, swap=True)
+        if fmt != "nvfp4":
+            tile = Tile(bm, bn=64 if n >= 8192 else 32, bk=256, warps=4, stages=3, tma_x=True, tma_w=True)
+        elif n >= 16384:
+            tile = Tile(bm, bn=128, bk=128, warps=8, stages=3, swap=True, tma_x=True)
+        else:
+            tile = Tile(bm, bn=64, bk=256, warps=4, stages=3, swap=True, tma_x=True, tma_w=True)
     else:
-        # 192 tokens a program: 560 = 3 * 192 - 16, 968 = 5 * 192 + 8 (128-token tiles when they waste less).
-        waste_192, waste_128 = -m % 192, -m % 128
-        bm2 = 64 if waste_192 <= waste_128 + 64 else 0
-        tile = Tile(bm=128, bm2=bm2, bn=128, bk=64, warps=8, stages=3, swap=True)
+        tile = _large_tile(fmt, m)
+    return fit(tile, fmt, capability)
+
+
+def _large_tile(fmt: Format, m: int) -> Tile:
+    """Hopper, more than 64 tokens: as many tokens a program as its registers hold, so that W is decoded seldom."""
+    if m <= 128 or fmt == "fp8":
+        return Tile(bm=128, bn=128, bk=128, warps=8, stages=3, swap=True, tma_x=True)
+    # Tokens computed, by width of the token tile: the least wins, the widest of equals.
+    widths = {288: Tile(256, 128, 128, 8, 2, swap=True, bm2=32, tma_x=True),
+              256: Tile(256, 128, 128, 8, 2, swap=True, tma_x=True),
+              192: Tile(128, 128, 128, 8, 3, swap=True, bm2=64, tma_x=True)}  # fmt: skip
+    computed = {width: -(-m // width) * width for width in widths}
+    return widths[min(widths, key=lambda width: (computed[width], -width))]
+
+
+def _portable_tile(fmt: Format, m: int, n: int, capability: int) -> Tile:
+    """Targets without measurements of ours: pointer loads, warp-level or fifth-generation tensor cores."""
     if fmt == "fp8":
-        tile = replace(tile, bk=128, bm=min(tile.bm, 128), bm2=0)
+        tile = Tile(power_of_two_at_least(m, 16, 64), bn=32, bk=256, warps=4, stages=1)
+    elif m <= 64:
+        tile = Tile(power_of_two_at_least(m, 16, 64), bn=64 if n >= 4096 else 32, bk=128, warps=4, stages=2)
+    else:
+        tile = Tile(128, bn=128, bk=64, warps=8, stages=2)
     return fit(tile, fmt, capability)
 
 
 def linear_tile(fmt: Format, m: int, n: int, k: int, capability: int) -> Tile:
     """The tile of a linear layer [n, k] on ``m`` tokens; splits K where rows alone would leave the chip idle."""
     if m > 64:
-        base = gate_up_tile(fmt, m, n, k, capability)
-        return replace(base, split=1)
+        return gate_up_tile(fmt, m, n, k, capability)
+    bulk = bulk_copies(k, capability)
     bm = power_of_two_at_least(m, 16, 64)
-    tile = Tile(bm=bm, bn=64 if n >= 4096 else 32, bk=128, warps=4, stages=3)
     chip = MULTIPROCESSORS.get(capability, 128)
+    if not bulk:
+        tile = _portable_tile(fmt, m, n, capability)
+    elif fmt == "fp8":
+        tile = Tile(bm, bn=64, bk=512, warps=8, stages=1)
+    elif n >= 2048 or k < 2048:
+        tile = Tile(bm, bn=32, bk=256, warps=4, stages=3, tma_x=True, tma_w=True)
+    else:
+        tile = Tile(bm, bn=16 if fmt == "bf16" else 32, bk=256, warps=4, stages=4, tma_x=True)
+    # Split while the parts still fit one wave; each needs whole steps and at least one row of the tile to finish.
     split = 1
-    # Split while the parts still fit one wave and each keeps at least four K steps.
+    longest = 8 if fmt != "bf16" or not bulk else 1
     while (
-        tile.programs(m, n) * split * 2 <= chip and k % (split * 2 * tile.bk) == 0 and k // (split * 2) >= 512
+        split < min(longest, bm)
+        and tile.programs(m, n) * split * 2 <= chip
+        and k % (split * 2 * tile.bk) == 0
+        and k // (split * 2) >= 512
     ):
         split *= 2
     return fit(replace(tile, split=split), fmt, capability)
