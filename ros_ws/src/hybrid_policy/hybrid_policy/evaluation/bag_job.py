@@ -24,6 +24,7 @@ from hybrid_policy.evaluation import metrics
 from hybrid_policy.evaluation.bag import BagSource, disk_size, open_bag
 from hybrid_policy.evaluation.delays import read_log
 from hybrid_policy.evaluation.follow_log import FollowLog, parity, published
+from hybrid_policy.evaluation.node_parameters import NodeParameters
 from hybrid_policy.evaluation.own_joints import by_own_names, sketch
 from hybrid_policy.evaluation.policy_pass import PolicyPass, fit_robot
 from hybrid_policy.evaluation.predictions import write_predictions
@@ -34,7 +35,7 @@ from hybrid_policy.evaluation.topic_match import match_topics
 from hybrid_policy.models.observation import Policy
 
 RESULT, SERIES = "result.json", "series.npz"
-#: (checkpoint, recipe, device, CPU threads) -> a policy; "module:function", so that a task can name it.
+#: (checkpoint, recipe, device, the node's parameters) -> a policy; "module:function", so that a task can name it.
 ENGINE = "hybrid_policy.evaluation.policies:load_engine"
 #: (fraction done, what is being done)
 Tell = Callable[[float, str], None]
@@ -61,7 +62,6 @@ class BagJob:
     backend: str = "rosbags"
     predictions: bool = True
     follow: Path | None = None
-    cpu_threads: int = 1
     policy: str = ENGINE
 
     @property
@@ -204,7 +204,7 @@ def _runs(
         one: PolicyPass
         if log:
             one = FollowLog(
-                robot, policy, known, cycle=job.settings.cycle, log=log, sent=sent, recipe=recipe, score=score
+                robot, policy, known, node=job.settings.node, log=log, sent=sent, recipe=recipe, score=score
             )
         else:
             one = Replay(robot, policy, known, settings=job.settings, recipe=recipe, score=score)
@@ -239,15 +239,15 @@ def _difference(base: RecipeRun) -> Callable[[ReplayedChunk], float]:
 
 def load_policy(job: BagJob, recipe: str) -> Policy:
     """The policy that the job's factory makes for a recipe; kept, as loading takes long."""
-    key = (job.policy, job.checkpoint, recipe, job.device, job.cpu_threads)
+    key = (job.policy, job.checkpoint, recipe, job.device, job.settings.node)
     if key not in _LOADED:
         module, _, name = job.policy.partition(":")
         make = getattr(importlib.import_module(module), name)
-        _LOADED[key] = make(job.checkpoint, recipe, job.device, job.cpu_threads)
+        _LOADED[key] = make(job.checkpoint, recipe, job.device, job.settings.node)
     return _LOADED[key]
 
 
-_LOADED: dict[tuple[str, str, str, str, int], Policy] = {}
+_LOADED: dict[tuple[str, str, str, str, NodeParameters], Policy] = {}
 
 
 def _describe(known: Survey, robot: RobotFile, source: BagSource) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from hybrid_policy.control import ingest
 from hybrid_policy.control.chunk_timeline import Trajectory
-from hybrid_policy.control.cycle import CycleSettings
 from hybrid_policy.control.observation_buffer import JOINTS, Snapshot
 from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.errors import InputError
 from hybrid_policy.evaluation.bag import BagMessage, BagSource
 from hybrid_policy.evaluation.message_types import Decoder
+from hybrid_policy.evaluation.node_parameters import NodeParameters
 from hybrid_policy.evaluation.policy_pass import PolicyPass
 from hybrid_policy.evaluation.replay_record import Running, Score
 from hybrid_policy.evaluation.survey import Survey, stamp_or_zero
@@ -53,7 +53,7 @@ class FollowLog(PolicyPass):
         policy: Policy,
         known: Survey,
         *,
-        cycle: CycleSettings,
+        node: NodeParameters,
         log: Sequence[Mapping[str, Any]],
         sent: Sequence[Sent],
         recipe: str,
@@ -64,7 +64,7 @@ class FollowLog(PolicyPass):
         Raises:
             InputError: the checkpoint does not fit the robot file, or the log lacks ``finished``.
         """
-        super().__init__(robot, policy, known, cycle=cycle, recipe=recipe, score=score)
+        super().__init__(robot, policy, known, node=node, recipe=recipe, score=score)
         if any(not record.get("finished") for record in log):
             raise InputError("latency log: chunks without finished, expected the log of this version's node")
         self._log = deque(log)

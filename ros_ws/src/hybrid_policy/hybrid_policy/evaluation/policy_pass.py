@@ -9,17 +9,16 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_policy.control.cycle import ControlCycle, CycleResult, CycleSettings
+from hybrid_policy.control.cycle import ControlCycle, CycleResult
 from hybrid_policy.control.hold import hold_position
 from hybrid_policy.control.observation_buffer import ObservationBuffer
 from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.evaluation.bag import BagSource
+from hybrid_policy.evaluation.node_parameters import NodeParameters
 from hybrid_policy.evaluation.replay_record import Moment, RecipeRun, ReplayedChunk, Running, Score
 from hybrid_policy.evaluation.survey import Survey
 from hybrid_policy.models.observation import Observation, Policy
 
-#: rad (m): further from its command than this, the robot is held where it stands (the node's default).
-HOLD_TOLERANCE = 0.2
 _WORST = 4
 #: ns between two of the worst moments.
 _APART = 1_000_000_000
@@ -35,7 +34,7 @@ class PolicyPass:
         policy: Policy,
         known: Survey,
         *,
-        cycle: CycleSettings,
+        node: NodeParameters,
         recipe: str,
         score: Score,
     ) -> None:
@@ -45,8 +44,11 @@ class PolicyPass:
             InputError: the checkpoint does not fit the robot file.
         """
         self._robot, self._policy, self._known = robot, policy, known
-        self._cycle = ControlCycle(robot, policy, cycle)
-        self._buffer = ObservationBuffer(robot, robot.policy_cameras(policy.spec))
+        self._cycle = ControlCycle(robot, policy, node.cycle)
+        self._buffer = ObservationBuffer(robot, robot.policy_cameras(policy.spec), node.joint_margin)
+        if node.prompt:
+            self._buffer.set_prompt(node.prompt)
+        self._hold_tolerance = node.hold_tolerance
         self._score = score
         self._roles = {topic: name for name, (topic, _) in known.match.cameras.items() if name in policy.spec.cameras}
         self._segment = 0
@@ -97,7 +99,9 @@ class PolicyPass:
         measured = None
         if newest is not None and len(self._robot.command_index):
             measured = newest[1][self._robot.command_index]
-        position = hold_position(self._robot, None if commanded is None else commanded[0], measured, HOLD_TOLERANCE)
+        position = hold_position(
+            self._robot, None if commanded is None else commanded[0], measured, self._hold_tolerance
+        )
         if position is not None:
             self._cycle.hold(now, position)
 

@@ -39,15 +39,13 @@ class Replay(PolicyPass):
         """Set up.
 
         Raises:
-            InputError: the checkpoint does not fit the robot file, or the rate is not positive.
+            InputError: the checkpoint does not fit the robot file.
         """
-        if settings.rate <= 0.0:
-            raise InputError(f"--rate: {settings.rate} given, expected inferences per second above 0")
-        super().__init__(robot, policy, known, cycle=settings.cycle, recipe=recipe, score=score)
+        super().__init__(robot, policy, known, node=settings.node, recipe=recipe, score=score)
         self._settings = settings
-        self._watchdog = Watchdog(robot.timeouts, output_timeout=0.0)
+        self._watchdog = Watchdog(robot.timeouts, settings.node.output_timeout, settings.node.future_tolerance)
         self._delays: Iterator[int] = settings.delay.draws()
-        self._step = round(1e9 / settings.rate)
+        self._step = round(1e9 / settings.node.inference_rate)
         self._resets: Counter[str] = Counter()
         self._newest: dict[str, int] = {}
         self._now = 0

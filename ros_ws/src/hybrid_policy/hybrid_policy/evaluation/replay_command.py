@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrid_policy.control.cycle import CHUNKING, CycleSettings
+from hybrid_policy.control.cycle import CHUNKING
 from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.errors import InputError
 from hybrid_policy.evaluation import batch, report
@@ -37,31 +37,36 @@ from hybrid_policy.evaluation.bag_job import ENGINE, BagJob
 from hybrid_policy.evaluation.delays import DelayModel, from_log, read_log
 from hybrid_policy.evaluation.foxglove import write_layout
 from hybrid_policy.evaluation.html_report import write_page
+from hybrid_policy.evaluation.node_parameters import read_parameters
 from hybrid_policy.evaluation.progress import Bar
 from hybrid_policy.evaluation.replay_record import ReplaySettings
 from hybrid_policy.evaluation.summary import FIGURES, check, parse_conditions, summarise
 from hybrid_policy.share import resolve
+
+#: What ``--checkpoint shipped`` means, as for the node.
+SHIPPED = "sim_pi05"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("bags", nargs="+", help="bags: folders, *.mcap, *.db3, or folders of bags")
     parser.add_argument("--robot", required=True, help="robot file, or the name of one that ships")
-    parser.add_argument(
-        "--checkpoint", default="sim_pi05", help="checkpoint folder, or one that ships (default: %(default)s)"
-    )
     parser.add_argument("--recipe", action="append", help="recipe file or name; may be repeated (default: bf16)")
     parser.add_argument("--inputs-only", action="store_true", help="look at the bags alone, without a policy")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
-    parser.add_argument(
-        "--cpu-threads",
-        type=int,
-        default=1,
-        help="of PyTorch on the CPU; another number gives other last digits (default: %(default)s)",
-    )
     parser.add_argument("-o", "--output", type=Path, default=Path("replay"), help="folder (default: ./replay)")
+    node = parser.add_argument_group(
+        "the node", "What a node is started with decides what it does, so the node's own parameter file is read."
+    )
+    node.add_argument("--params-file", type=Path, help="the node's parameters (default: config/policy_node.yaml)")
+    node.add_argument("--checkpoint", help="checkpoint folder (default: shipped, the simulated robot's policy)")
+    node.add_argument("--device", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    node.add_argument("--rate", type=float, dest="inference_rate", help="inferences per second (default: 5)")
+    node.add_argument("--chunking", choices=CHUNKING, help="how chunks follow each other (default: rtc)")
+    node.add_argument("--seed", type=int, help="of the noise, and of the delays drawn (default: 0)")
+    node.add_argument(
+        "--cpu-threads", type=int, help="of PyTorch on the CPU; another number gives other last digits (default: 1)"
+    )
     time = parser.add_argument_group("time")
-    time.add_argument("--rate", type=float, default=5.0, help="inferences per second (default: %(default)s)")
     time.add_argument(
         "--delay", type=float, default=0.1, help="seconds that each inference takes (default: %(default)s)"
     )
@@ -72,11 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="repeat a recorded run inference by inference, as this latency log says; needs the run's bag",
     )
     time.add_argument("--duration", type=float, default=0.0, help="replay only the first seconds of each bag")
-    chunks = parser.add_argument_group("chunks")
-    chunks.add_argument("--chunking", choices=CHUNKING, default="rtc", help="default: %(default)s")
-    chunks.add_argument(
-        "--seed", type=int, default=0, help="of the noise and of the delays drawn (default: %(default)s)"
-    )
     topics = parser.add_argument_group("topics")
     topics.add_argument("--remap", action="append", default=[], metavar="FROM:=TO",
                         help="robot file's topic := bag's topic; may be repeated")  # fmt: skip
@@ -99,9 +99,9 @@ def run(args: argparse.Namespace) -> int:
     """Replay every bag and write the report; the exit code is in the module's docstring."""
     robot_path = resolve(args.robot, "config/robots")
     robot = RobotFile.load(robot_path)
-    recipes = () if args.inputs_only else tuple(dict.fromkeys(args.recipe or ["bf16"]))
-    conditions = parse_conditions(args.fail_if, recipes)
     settings = _settings(args)
+    recipes = () if args.inputs_only else tuple(dict.fromkeys(args.recipe or [settings.node.recipe]))
+    conditions = parse_conditions(args.fail_if, recipes)
     jobs = _jobs(args, robot_path, recipes, settings)
     if args.fresh:
         for job in jobs:
@@ -133,26 +133,23 @@ def run(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace) -> ReplaySettings:
     if args.jobs < 1:
         raise InputError(f"--jobs: {args.jobs} given, expected at least 1")
-    if args.cpu_threads < 1:
-        raise InputError(f"--cpu-threads: {args.cpu_threads} given, expected at least 1")
     if not 0.0 <= args.delay <= 60.0:
         raise InputError(f"--delay: {args.delay} given, expected seconds from 0 to 60")
-    if not 0.0 < args.rate <= 1000.0:
-        raise InputError(f"--rate: {args.rate} given, expected inferences per second, above 0 and at most 1000")
+    names = ("checkpoint", "device", "inference_rate", "chunking", "seed", "cpu_threads")
+    node = read_parameters(args.params_file, {name: getattr(args, name) for name in names})
     if args.latency_log is not None:
-        delay = from_log(args.latency_log, args.seed)
+        delay = from_log(args.latency_log, node.seed)
     elif args.follow_log is not None:
         delay = DelayModel(source=args.follow_log.name, followed=len(read_log(args.follow_log)))
     else:
         delay = DelayModel(fixed=round(args.delay * 1e9))
-    cycle = CycleSettings(chunking=args.chunking, seed=args.seed)
-    return ReplaySettings(args.rate, delay, cycle, args.duration)
+    return ReplaySettings(node, delay, args.duration)
 
 
 def _jobs(args: argparse.Namespace, robot: Path, recipes: tuple[str, ...], settings: ReplaySettings) -> list[BagJob]:
-    checkpoint = args.checkpoint
+    checkpoint = _checkpoint(settings)
     if recipes and args.policy == ENGINE:
-        checkpoint = str(resolve(args.checkpoint, "checkpoints", "").resolve())
+        checkpoint = str(resolve(checkpoint, "checkpoints", "").resolve())
         for recipe in recipes:
             resolve(recipe, "config/recipes")
     remap = dict(_remap(given) for given in args.remap)
@@ -169,7 +166,7 @@ def _jobs(args: argparse.Namespace, robot: Path, recipes: tuple[str, ...], setti
                 robot=robot.resolve(),
                 checkpoint=checkpoint,
                 recipes=recipes,
-                device=args.device,
+                device=settings.node.device,
                 settings=settings,
                 output=args.output.resolve(),
                 remap=remap,
@@ -177,11 +174,14 @@ def _jobs(args: argparse.Namespace, robot: Path, recipes: tuple[str, ...], setti
                 backend=args.backend,
                 predictions=not args.no_predictions,
                 follow=args.follow_log.resolve() if args.follow_log else None,
-                cpu_threads=args.cpu_threads,
                 policy=args.policy,
             )
         )
     return jobs
+
+
+def _checkpoint(settings: ReplaySettings) -> str:
+    return SHIPPED if settings.node.checkpoint == "shipped" else settings.node.checkpoint
 
 
 def _remap(text: str) -> tuple[str, str]:
@@ -196,7 +196,7 @@ def _run(args: argparse.Namespace, jobs: Sequence[BagJob], bar: Bar) -> Iterator
         yield from batch.run_here(jobs, bar.update)
         return
     if args.ray:
-        running = batch.run_ray(jobs, gpus=1.0 if args.device.startswith("cuda") else 0.0)
+        running = batch.run_ray(jobs, gpus=1.0 if jobs[0].device.startswith("cuda") else 0.0)
     else:
         running = batch.run_pool(jobs, min(args.jobs, len(jobs)))
     for count, done in enumerate(running, 1):
@@ -211,12 +211,12 @@ def _told(
         "robot": robot.name,
         "commands": list(robot.command_names),
         "command_spans": [float(s) if np.isfinite(s) else 0.0 for s in robot.limits.upper - robot.limits.lower],
-        "checkpoint": Path(args.checkpoint).name,
+        "checkpoint": Path(_checkpoint(settings)).name,
         "recipes": list(recipes),
-        "rate": settings.rate,
+        "rate": settings.node.inference_rate,
         "delay": settings.delay.text,
-        "chunking": settings.cycle.chunking,
-        "seed": args.seed,
+        "chunking": settings.node.chunking,
+        "seed": settings.node.seed,
         "duration": settings.duration,
         "fail_if": list(args.fail_if),
     }

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_policy.control.cycle import CycleSettings
 from hybrid_policy.evaluation.delays import DelayModel
+from hybrid_policy.evaluation.node_parameters import NodeParameters
 from hybrid_policy.models.observation import Continuation, Observation
 
 
@@ -18,14 +18,13 @@ from hybrid_policy.models.observation import Continuation, Observation
 class ReplaySettings:
     """What determines a replay.
 
-    rate: inferences per second of the bag's time; one that takes longer than a period misses the next
-        starts, as in the node. delay: of each inference. cycle: chunking, blend, seed.
+    node: the node's parameters: rate of inference, chunking, tolerances, seed. delay: of each inference;
+        one that takes longer than a period misses the next starts, as in the node.
     duration: seconds to replay at most; 0: all.
     """
 
-    rate: float = 5.0
+    node: NodeParameters
     delay: DelayModel = field(default_factory=DelayModel)
-    cycle: CycleSettings = field(default_factory=CycleSettings)
     duration: float = 0.0
 
 

@@ -156,9 +156,7 @@ class Recording:
                 continue
             package, _, message = kind.split("/")
             message_class = getattr(importlib.import_module(f"{package}.msg"), message)
-            self._node.create_subscription(
-                message_class, name, self._receiver(name, kind), _quality(offers), raw=True
-            )
+            self._node.create_subscription(message_class, name, self._receiver(name, kind), _quality(offers), raw=True)
 
     def _receiver(self, name: str, kind: str) -> Any:
         def receive(data: bytes, info: Any) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.evaluation.bag_writer import BagWriter
 from hybrid_policy.share import resolve

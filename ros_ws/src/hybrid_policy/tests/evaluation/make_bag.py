@@ -16,7 +16,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import yaml
-
 from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.evaluation.bag import open_bag
 from hybrid_policy.evaluation.bag_writer import BagWriter

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import numpy as np
-
 from hybrid_policy.models.observation import ActionChunk, PolicySpec
 
 HORIZON = 16
@@ -32,7 +31,7 @@ class StubPolicy:
         return ActionChunk(actions, normalised, observation.stamp, timings)
 
 
-def make(checkpoint: str, recipe: str, device: str, threads: int) -> StubPolicy:
+def make(checkpoint: str, recipe: str, device: str, node: object) -> StubPolicy:
     if recipe == "crash":
         os._exit(3)  # a worker that dies, as one that is killed for memory
     if checkpoint == "g1":

@@ -10,11 +10,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-
 from hybrid_policy.errors import InputError
 from hybrid_policy.evaluation.bag import find_bags, open_bag
 from hybrid_policy.evaluation.bag_writer import BagWriter
-from hybrid_policy.evaluation.mcap_scan import McapScan, is_indexed
+from hybrid_policy.evaluation.mcap_scan import is_indexed
 from hybrid_policy.evaluation.message_types import Decoder
 
 STORAGES = [("mcap", c) for c in ("none", "chunk", "message", "file")]
@@ -173,7 +172,7 @@ def test_a_cut_off_database_is_read_as_far_as_it_goes(tmp_path, share):
     file = bag / "bag.db3"
     raw = file.read_bytes()
     file.write_bytes(raw[: int(len(raw) * share)])
-    states, images, problems = read(bag)
+    states, _, problems = read(bag)
     assert len(states) > 0.3 * N
     assert states == list(range(len(states)))
     assert any("malformed" in line for line in problems)

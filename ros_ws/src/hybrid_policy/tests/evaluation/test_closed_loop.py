@@ -24,9 +24,7 @@ def robot_file() -> RobotFile:
     return RobotFile.load(share_path("config/robots/sim_aloha.yaml"))
 
 
-def run(
-    robot_file: RobotFile, settings: LoopSettings, scenes: int, blind: bool = True
-) -> list[EpisodeResult]:
+def run(robot_file: RobotFile, settings: LoopSettings, scenes: int, blind: bool = True) -> list[EpisodeResult]:
     """Episodes of a policy that knows the state and answers with the expert's plan."""
     random = np.random.default_rng(11)
     robot = SimRobot(sample_scene(random))

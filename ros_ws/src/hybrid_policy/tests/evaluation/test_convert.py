@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-
 from hybrid_policy.cli import main
 from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.errors import InputError
@@ -157,9 +156,7 @@ def test_an_episode_becomes_the_robots_topics(dataset, episode, task, storage, t
         np.testing.assert_allclose(state.position, [(1.0 + episode) / 10 + 0.1, 0.1 * k], rtol=1e-6)
     for k, (_, told) in enumerate(found["/controller/joint_trajectory"]):
         assert told.joint_names == ["lift", "turn"]
-        np.testing.assert_allclose(
-            told.points[0].positions, [(2.0 + episode) / 10 + 0.1, 0.1 * k + 0.5], rtol=1e-6
-        )
+        np.testing.assert_allclose(told.points[0].positions, [(2.0 + episode) / 10 + 0.1, 0.1 * k + 0.5], rtol=1e-6)
     offset = FRAMES * episode if dataset == "v30" else 0
     for k, (_, image) in enumerate(found["/cam/image_raw"]):
         assert abs(float(image.data.mean()) - 10 * (k + offset) % 256) < 6.0
@@ -201,7 +198,8 @@ def test_a_camera_is_chosen_by_name(v21, toy, tmp_path):
         (lambda r, t: None, ["--jpeg-quality", "0"], "--jpeg-quality: 0 given"),
         (lambda r, t: (r / "meta/info.json").unlink(), [], "no LeRobot dataset"),
         (lambda r, t: (r / "meta/info.json").write_text("{"), [], "not readable as LeRobot's info.json"),
-        (lambda r, t: (r / "meta/info.json").write_text('{"codebase_version": "v9", "features": {"observation.state": 1}}'),
+        (lambda r, t: (r / "meta/info.json").write_text(
+            '{"codebase_version": "v9", "features": {"observation.state": 1}}'),
          [], "'v9' given, expected v2.0, v2.1 or v3.0"),
         (lambda r, t: next(r.glob("videos/**/episode_000000.mp4")).unlink(), [], "no video at"),
         (lambda r, t: next(r.glob("videos/**/episode_000000.mp4")).write_bytes(b"x" * 99), [], "not a readable video"),

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stub_policy import StubPolicy
-
 from hybrid_policy.cli import main
 from hybrid_policy.control.chunk_record import chunk_record
 from hybrid_policy.control.cycle import ControlCycle, CycleSettings
@@ -24,6 +22,7 @@ from hybrid_policy.evaluation.message_types import Decoder
 from hybrid_policy.evaluation.policy_pass import fit_robot
 from hybrid_policy.evaluation.survey import survey
 from hybrid_policy.evaluation.topic_match import match_topics
+from stub_policy import StubPolicy
 
 MS = 1_000_000
 
@@ -105,9 +104,7 @@ def noisy(monkeypatch):
 @pytest.mark.usefixtures("noisy")
 @pytest.mark.parametrize(("hold_at", "discard"), [(0, -1), (6, -1), (0, 4), (9, 3)])
 def test_a_followed_run_gives_the_published_trajectories(sim_expert, robot, stub, tmp_path, hold_at, discard):
-    accepted = run_live(
-        sim_expert, tmp_path / "run", tmp_path / "log.jsonl", robot, hold_at=hold_at, discard=discard
-    )
+    accepted = run_live(sim_expert, tmp_path / "run", tmp_path / "log.jsonl", robot, hold_at=hold_at, discard=discard)
     found = follow(tmp_path / "run", tmp_path / "log.jsonl", tmp_path / "out", stub)
     assert found["recipes"]["noise"]["parity"] == {
         "replayed": accepted, "matched": accepted, "largest_difference": 0.0, "beyond_1e-6": 0,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from hybrid_policy.errors import InputError
 from hybrid_policy.evaluation.bag import open_bag
 from hybrid_policy.evaluation.bag_writer import BagWriter
-from hybrid_policy.evaluation.message_types import CONTROLLER_STATE, Decoder, _CONTROLLER_STATES
+from hybrid_policy.evaluation.message_types import _CONTROLLER_STATES, CONTROLLER_STATE, Decoder
 from hybrid_policy.evaluation.recorded_actions import RecordedActions
 from hybrid_policy.evaluation.topic_match import FLOATS, JOINT_STATE, TRAJECTORY, TWIST
 

@@ -7,28 +7,33 @@ import json
 
 import numpy as np
 import pytest
-from stub_policy import StubPolicy
-
-from hybrid_policy.control.cycle import CycleSettings
 from hybrid_policy.errors import InputError
 from hybrid_policy.evaluation import metrics
 from hybrid_policy.evaluation.bag import open_bag
 from hybrid_policy.evaluation.bag_writer import BagWriter
 from hybrid_policy.evaluation.delays import DelayModel, from_log
+from hybrid_policy.evaluation.node_parameters import read_parameters
 from hybrid_policy.evaluation.policy_pass import fit_robot
 from hybrid_policy.evaluation.replay import Replay
 from hybrid_policy.evaluation.replay_record import RecipeRun, ReplaySettings
 from hybrid_policy.evaluation.survey import survey
 from hybrid_policy.evaluation.topic_match import match_topics
+from stub_policy import StubPolicy
+
+NODE = read_parameters(None, {})
 
 
-def replay(path, robot, settings=None, amount: float = 0.0, policy=None) -> RecipeRun:
+def settings(delay=None, duration=0.0, **node) -> ReplaySettings:
+    return ReplaySettings(dataclasses.replace(NODE, **node), delay or DelayModel(), duration)
+
+
+def replay(path, robot, given=None, amount: float = 0.0, policy=None) -> RecipeRun:
     bag = open_bag(path)
     known = survey(bag, robot, match_topics(robot, bag.topics, {}))
     assert known.lacks == []
     fitted = fit_robot(robot, known)
     policy = policy or StubPolicy(amount, ("base_0_rgb", "right_wrist_0_rgb"), 14)
-    one = Replay(fitted, policy, known, settings=settings or ReplaySettings(), recipe="r",
+    one = Replay(fitted, policy, known, settings=given or settings(), recipe="r",
                  score=metrics.Recorded(known, fitted).score)  # fmt: skip
     for _ in one.run(bag):
         pass
@@ -53,7 +58,7 @@ def edit(path, target, change):
 
 
 def test_inferences_start_on_the_grid_and_take_the_delay(sim_expert, robot):
-    run = replay(sim_expert, robot, ReplaySettings(rate=4.0, delay=DelayModel(fixed=120_000_000)))
+    run = replay(sim_expert, robot, settings(inference_rate=4.0, delay=DelayModel(fixed=120_000_000)))
     started = np.array([c.started for c in run.chunks])
     assert (np.diff(started) == 250_000_000).all()
     assert {c.finished - c.started for c in run.chunks} == {120_000_000}
@@ -62,7 +67,7 @@ def test_inferences_start_on_the_grid_and_take_the_delay(sim_expert, robot):
 
 
 def test_an_inference_longer_than_its_period_misses_starts(sim_expert, robot):
-    run = replay(sim_expert, robot, ReplaySettings(rate=10.0, delay=DelayModel(fixed=250_000_000)))
+    run = replay(sim_expert, robot, settings(inference_rate=10.0, delay=DelayModel(fixed=250_000_000)))
     assert (np.diff([c.started for c in run.chunks]) == 300_000_000).all()
     assert run.missed > 30
 
@@ -79,8 +84,8 @@ def test_an_observation_holds_only_what_had_arrived(sim_expert, robot):
 
 
 def test_two_replays_are_the_same_to_the_bit(sim_expert, robot):
-    settings = ReplaySettings(delay=DelayModel(recorded=(30_000_000, 90_000_000, 150_000_000), seed=3))
-    first, second = (replay(sim_expert, robot, settings, 0.01) for _ in range(2))
+    drawn = settings(delay=DelayModel(recorded=(30_000_000, 90_000_000, 150_000_000), seed=3))
+    first, second = (replay(sim_expert, robot, drawn, 0.01) for _ in range(2))
     for a, b in zip(first.chunks, second.chunks, strict=True):
         da, db = dataclasses.asdict(a), dataclasses.asdict(b)
         da.pop("timings"), db.pop("timings")
@@ -164,13 +169,13 @@ def test_zero_stamps_are_replayed_by_record_time(sim_expert, robot, tmp_path):
 
 
 def test_duration_ends_a_replay_early(sim_expert, robot):
-    run = replay(sim_expert, robot, ReplaySettings(duration=2.0))
+    run = replay(sim_expert, robot, settings(duration=2.0))
     assert 8 <= len(run.chunks) <= 11
 
 
 def test_ensembling_and_no_chunking_run_too(sim_expert, robot):
     for chunking in ("ensemble", "off"):
-        run = replay(sim_expert, robot, ReplaySettings(cycle=CycleSettings(chunking=chunking)), 0.01)
+        run = replay(sim_expert, robot, settings(chunking=chunking), 0.01)
         assert not any(c.continued for c in run.chunks)
         assert sum(c.accepted for c in run.chunks) > 30
 
@@ -183,9 +188,43 @@ def test_pictures_of_the_worst_chunks_are_kept(sim_expert, robot):
     assert {p.shape for m in run.worst for p in m.pictures.values()} == {(240, 240, 3)}
 
 
-def test_a_rate_that_is_none_is_refused(sim_expert, robot):
-    with pytest.raises(InputError, match="--rate"):
-        replay(sim_expert, robot, ReplaySettings(rate=0.0))
+class TestNodeParameters:
+    def test_the_defaults_are_the_nodes_own(self):
+        parameters = pytest.importorskip("hybrid_policy.ros.parameters", reason="rclpy is not installed")
+        theirs = {p.name.replace(".", "__"): p.default for p in parameters.PARAMETERS}
+        assert dataclasses.asdict(NODE) == {name: theirs[name] for name in dataclasses.asdict(NODE)}
+
+    def test_a_file_goes_over_the_defaults_and_the_command_line_over_both(self, tmp_path):
+        path = tmp_path / "params.yaml"
+        path.write_text(
+            "/**:\n  ros__parameters: {blend: 0, chunking: ensemble, rtc: {mode: prefix}, unknown: 1}\n"
+            "policy_node:\n  ros__parameters: {inference_rate: 8}\nother:\n  ros__parameters: {seed: 9}\n"
+        )
+        made = read_parameters(path, {"chunking": "off", "seed": None})
+        assert (made.blend, made.chunking, made.rtc__mode, made.inference_rate, made.seed) == (
+            0.0,
+            "off",
+            "prefix",
+            8.0,
+            0,
+        )
+        assert made.joint_margin == NODE.joint_margin
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("/**: {ros__parameters: {blend: fast}}", "blend: 'fast' given, expected a number"),
+            ("/**: {ros__parameters: {inference_rate: 0}}", "inference_rate: 0.0 given"),
+            ("/**: {ros__parameters: {chunking: sometimes}}", "chunking: 'sometimes' given, expected rtc or ensemble"),
+            ("/**: {blend: 1}", "expected ros__parameters below it"),
+            ("just text", "not a ROS 2 parameter file"),
+            ("a: [", "not readable"),
+        ],
+    )
+    def test_a_file_that_means_nothing_is_one_clear_error(self, tmp_path, text, expected):
+        (tmp_path / "params.yaml").write_text(text)
+        with pytest.raises(InputError, match=expected):
+            read_parameters(tmp_path / "params.yaml", {})
 
 
 class TestDelays:

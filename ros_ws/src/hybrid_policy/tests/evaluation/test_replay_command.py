@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from hybrid_policy.cli import main
 from hybrid_policy.evaluation.bag import open_bag
 from hybrid_policy.evaluation.message_types import Decoder
@@ -173,7 +172,11 @@ def test_inputs_only_needs_no_policy(replay, sim_expert, tmp_path):
     assert code == 0
     assert report["bags"][0]["status"] == "inputs only"
     assert report["bags"][0]["tracking"]["mae"] > 0.0
-    assert [i["role"] for i in report["bags"][0]["inputs"]] == ["camera base_0_rgb", "camera right_wrist_0_rgb", "joints"]
+    assert [i["role"] for i in report["bags"][0]["inputs"]] == [
+        "camera base_0_rgb",
+        "camera right_wrist_0_rgb",
+        "joints",
+    ]
 
 
 def test_the_real_episode_is_converted_and_replayed(replay, g1, tmp_path):
@@ -222,13 +225,14 @@ def test_predictions_are_a_bag_that_plots(replay, sim_expert, robot, tmp_path):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (["--rate", "0"], "--rate: 0.0 given"),
+        (["--rate", "0"], "inference_rate: 0.0 given"),
         (["--delay", "-1"], "--delay: -1.0 given"),
         (["--jobs", "0"], "--jobs: 0 given"),
         (["--remap", "a=b"], "--remap: 'a=b' given, expected FROM:=TO"),
         (["--fail-if", "speed>1"], "'speed' given, expected one of"),
         (["--latency-log", "none.jsonl"], "none.jsonl: not readable"),
-        (["--cpu-threads", "0"], "--cpu-threads: 0 given"),
+        (["--cpu-threads", "-1"], "cpu_threads: -1 given"),
+        (["--params-file", "none.yaml"], "none.yaml: not readable"),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused(replay, sim_expert, given, expected):
@@ -251,7 +255,10 @@ def test_a_remapped_topic_is_replayed(replay, sim_expert, tmp_path, robot):
     (tmp_path / "other.yaml").write_text(text)
     code, report, _, _ = replay(sim_expert, robot=tmp_path / "other.yaml")
     assert code == 2
-    assert "camera base_0_rgb: no topic /front/image; image topics in the bag: /camera_overhead" in report["bags"][0]["lacks"][0]
+    assert (
+        "camera base_0_rgb: no topic /front/image; image topics in the bag: /camera_overhead"
+        in report["bags"][0]["lacks"][0]
+    )
     code, report, _, _ = replay(
         sim_expert, "--remap", "front/image:=/camera_overhead/image_raw/compressed", robot=tmp_path / "other.yaml"
     )

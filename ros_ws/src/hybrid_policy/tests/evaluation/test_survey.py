@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.errors import InputError
 from hybrid_policy.evaluation.bag import open_bag
