@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -141,3 +142,24 @@ def form_table() -> str:
     lines = ["| key | type | meaning |", "|---|---|---|"]
     lines += [f"| `{key}` | {kind} | {meaning} |" for key, (kind, meaning) in FORM.items()]
     return "\n".join(lines)
+
+
+def fill_tables(text: str) -> str:
+    """A Markdown page with its tables of figures and of report.json's form as the code has them.
+
+    The tables stand between ``<!-- figures -->`` or ``<!-- form -->`` and ``<!-- end -->``.
+    """
+    for name, table in (("figures", figures_table()), ("form", form_table())):
+        start = text.index(f"<!-- {name} -->") + len(f"<!-- {name} -->")
+        text = text[:start] + "\n" + table + "\n" + text[text.index("<!-- end -->", start) :]
+    return text
+
+
+def main() -> None:
+    """``python -m hybrid_policy.evaluation.report docs/replay.md`` brings the page's tables up to date."""
+    path = Path(sys.argv[1])
+    path.write_text(fill_tables(path.read_text("utf-8")), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
