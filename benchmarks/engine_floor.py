@@ -46,7 +46,11 @@ def stage_floors(
     Attention products are counted as operations in bf16; activations' bytes are not counted (they fit the L2).
     """
     patches = config.image_tokens
-    rows = {"vision_tower": views * patches, "projector": views * patches, "language_model": views * patches + tokens}
+    rows = {
+        "vision_tower": views * patches,
+        "projector": views * patches,
+        "language_model": views * patches + tokens,
+    }
     floors = dict.fromkeys(("vision", "prefix", "denoise"), 0.0)
     last = f"language_model.layers.{config.prefix.depth - 1}."
     shapes = site_shapes(config)

@@ -55,7 +55,7 @@ def plan_attention(rows: int, keys: int, head_dim: int, processors: int = 132) -
     shorter than 64 keys: below that the partial results cost more than the keys.
     """
     if rows >= 1024:
-        return AttentionPlan(64, 64, 1, 8 if head_dim > 128 else 4, 2)
+        return AttentionPlan(64, 32, 1, 4, 3)
     blocks = triton.cdiv(rows, 16)
     splits = max(1, min(processors // blocks, triton.cdiv(keys, 64), 16))
     return AttentionPlan(16, 64, splits, 4, 2)
@@ -88,7 +88,7 @@ def _attention_kernel(
     start = split * share
     end = tl.minimum(start + share, total)
     # exact where tests compute in float32; bf16 operands do not look at it
-    PRECISION: tl.constexpr = "ieee" if COMPUTE == tl.float32 else "tf32"
+    PRECISION: tl.constexpr = "ieee" if tl.float32 == COMPUTE else "tf32"
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, PADDED], tl.float32)

@@ -1,4 +1,4 @@
-"""The action expert's layer as five launches: host side of expert.cu.
+"""The action expert's layer as five launches: host side of expert_gemm.cu and expert_attention.cu.
 
     q, K, V   <- RoPE(norm(h) W_qkv.T)           one product with the norm folded in, written to the cache
     a         <- attention over prefix and chunk
@@ -24,7 +24,10 @@ from hybrid_policy.kernels.fp8 import FP8Tensor
 from hybrid_policy.kernels.nvfp4 import NVFP4Tensor
 from hybrid_policy.kernels.nvrtc import Kernel
 
-SOURCE = Path(__file__).with_name("expert.cu")
+GEMM_SOURCES, ATTENTION_SOURCES = (
+    tuple(Path(__file__).with_name(f"expert_{part}.cu") for part in ("common", kernel))
+    for kernel in ("gemm", "attention")
+)
 THREADS = 256
 FORMATS = {"bf16": 0, "e4m3": 1, "nvfp4": 2}
 RESIDUAL, GEGLU, QKV = 0, 1, 2
@@ -51,7 +54,7 @@ class GemmPlan:
         return body + (kc * 2 if norm else 0)
 
     def fits(self, fmt: str, n: int, k: int, tokens: int, norm: bool, limit: int) -> bool:
-        """Whether expert.cu takes these sizes."""
+        """Whether expert_gemm.cu takes these sizes."""
         return (
             k % (self.cluster * 16 * self.wk * _PER16[fmt]) == 0
             and n % self.bn == 0
@@ -126,7 +129,7 @@ def decoded(fmt: str, values: Tensor, scales: Tensor | None, rows: Tensor) -> Te
 
 
 class ExpertGemm:
-    """One product of the layer, packed for expert.cu.
+    """One product of the layer, packed for expert_gemm.cu.
 
     weights: stacked rows. epilogue: RESIDUAL, GEGLU (weights are gate, up) or QKV (q, k, v; ``heads`` given).
     tokens: rows of the activations.
@@ -170,13 +173,13 @@ class ExpertGemm:
             rows = rows * expert_packing.NVFP4_FACTOR
         self.row_scale = rows.contiguous()
         macros = {
-            "GEMM": 1, "PDL": int(pdl), "K_TOTAL": k, "N_TOTAL": n, "BN": chosen.bn, "CLUSTER": chosen.cluster,
+            "PDL": int(pdl), "K_TOTAL": k, "N_TOTAL": n, "BN": chosen.bn, "CLUSTER": chosen.cluster,
             "WM": chosen.wm, "WK": chosen.wk, "MT": mt, "FORMAT": FORMATS[fmt], "EPILOGUE": epilogue,
             "NORM": int(epilogue != RESIDUAL), "HEADS": heads[0], "KV_HEADS": heads[1], "HEAD_DIM": heads[2],
         }  # fmt: skip
         shared = chosen.shared(fmt, k, mt, epilogue != RESIDUAL)
-        self._kernel = Kernel(SOURCE, "expert_gemm", macros, threads=THREADS, shared=shared, pdl=pdl)
-        self.route = f"expert.cu {fmt}, {self._grid[0]} blocks in clusters of {chosen.cluster}"
+        self._kernel = Kernel(GEMM_SOURCES, "expert_gemm", macros, threads=THREADS, shared=shared, pdl=pdl)
+        self.route = f"expert_gemm.cu {fmt}, {self._grid[0]} blocks in clusters of {chosen.cluster}"
 
     def shift_rows(self, shift: Tensor) -> Tensor:
         """shift W.T for the folded norm: float32 [..., K] -> [..., N], in this product's order; at load."""
@@ -275,16 +278,16 @@ class ExpertAttention:
         self._grid = (-(-tokens * group // self.ROWS) * self.CLUSTER, kv_heads)
         self._tokens, self._scale = tokens, head_dim**-0.5 * 1.4426950408889634
         macros = {
-            "ATTENTION": 1, "PDL": int(pdl), "GROUP": group, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim,
+            "PDL": int(pdl), "GROUP": group, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim,
             "CLUSTER": self.CLUSTER,
         }  # fmt: skip
         self._kernel = Kernel(
-            SOURCE, "expert_attention", macros, threads=THREADS, shared=self.shared(head_dim), pdl=pdl
+            ATTENTION_SOURCES, "expert_attention", macros, threads=THREADS, shared=self.shared(head_dim), pdl=pdl
         )
 
     @classmethod
     def fits(cls, head_dim: int) -> bool:
-        """Whether expert.cu takes this head dimension."""
+        """Whether expert_attention.cu takes this head dimension."""
         return head_dim in (128, 256)
 
     @classmethod

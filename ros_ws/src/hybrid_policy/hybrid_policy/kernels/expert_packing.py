@@ -1,4 +1,4 @@
-"""Weights of the action expert in the order in which expert.cu's blocks and lanes read them.
+"""Weights of the action expert in the order in which expert_gemm.cu's blocks and lanes read them.
 
 A tile is ``BN`` rows; its K is cut into ``CLUSTER`` parts of ``KC``. Block ``tile * CLUSTER + rank`` reads one
 contiguous piece: for each 16 rows (m tile), for each group of k steps of 16, 32 lanes × 16 bytes. Lane ``4g + t``

@@ -81,11 +81,11 @@ def _check(code: int, what: str) -> None:
 
 
 class _Attribute(ctypes.Structure):
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_ubyte * 64)]  # noqa: RUF012
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_ubyte * 64)]
 
 
 class _Config(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint * 3),
         ("shared", ctypes.c_uint),
@@ -100,18 +100,21 @@ _PDL = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 class Kernel:
-    """One function of one compiled configuration, on the current device."""
+    """One function of one compiled configuration, on the current device; ``sources`` are read as one file."""
 
     def __init__(
-        self, source: Path, function: str, macros: dict[str, int], *, threads: int, shared: int, pdl: bool
+        self, sources: tuple[Path, ...], function: str, macros: dict[str, int], *, threads: int, shared: int, pdl: bool
     ) -> None:
         torch.cuda.current_stream()  # makes torch's context the current one
         major, minor = torch.cuda.get_device_capability()
         self._module, self._function = _load(
-            source, function, f"sm_{major}{minor}", tuple(sorted(macros.items())), torch.cuda.current_device()
+            sources, function, f"sm_{major}{minor}", tuple(sorted(macros.items())), torch.cuda.current_device()
         )
         self._threads, self._shared, self._pdl = threads, shared, pdl
-        _check(_driver().cuFuncSetAttribute(self._function, _SHARED_LIMIT, shared), f"{function}: shared memory {shared}")
+        _check(
+            _driver().cuFuncSetAttribute(self._function, _SHARED_LIMIT, shared),
+            f"{function}: shared memory {shared}",
+        )
 
     def __call__(self, grid: tuple[int, int], arguments: ctypes.Structure) -> None:
         """Launch with one structure by value, on the current stream."""
@@ -130,8 +133,11 @@ class Kernel:
 
 
 @functools.cache
-def _load(source: Path, function: str, arch: str, macros: tuple[tuple[str, int], ...], device: int) -> tuple[Any, Any]:
-    cubin = compile_cubin(source.read_text(encoding="utf-8"), source.name, arch, macros)
+def _load(
+    sources: tuple[Path, ...], function: str, arch: str, macros: tuple[tuple[str, int], ...], device: int
+) -> tuple[Any, Any]:
+    text = "\n".join(source.read_text(encoding="utf-8") for source in sources)
+    cubin = compile_cubin(text, sources[-1].name, arch, macros)
     module, handle = ctypes.c_void_p(), ctypes.c_void_p()
     _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin), "module")
     _check(_driver().cuModuleGetFunction(ctypes.byref(handle), module, function.encode()), function)

@@ -174,7 +174,7 @@ def _fused_qkv_kernel(
         gdc_launch_dependents()
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     # exact where tests compute in float32; bf16 operands do not look at it
-    PRECISION: tl.constexpr = "ieee" if COMPUTE == tl.float32 else "tf32"
+    PRECISION: tl.constexpr = "ieee" if tl.float32 == COMPUTE else "tf32"
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     squares = tl.zeros([BLOCK_M], tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
@@ -186,7 +186,9 @@ def _fused_qkv_kernel(
         factor = tl.load(factor_ptr + k, mask=k < K, other=0.0).to(tl.float32)
         wide = x.to(tl.float32)
         squares += tl.sum(wide * wide, 1)
-        acc = tl.dot((wide * factor[None, :]).to(COMPUTE), tl.trans(w.to(COMPUTE)), acc, input_precision=PRECISION)
+        acc = tl.dot(
+            (wide * factor[None, :]).to(COMPUTE), tl.trans(w.to(COMPUTE)), acc, input_precision=PRECISION
+        )
     root = tl.rsqrt(squares / K + eps)
     y = acc * root[:, None] * tl.load(w_scale_ptr + n)[None, :] + tl.load(shift_ptr + n)[None, :]
     a, b = tl.split(tl.reshape(y, [BLOCK_M, BLOCK_N // 2, 2]))

@@ -73,7 +73,7 @@ class FusedLayer:
 
 @dataclass
 class ClusterLayer:
-    """One expert layer of expert.cu's launches; shifts as in `FusedLayer` (gate's and up's in one row)."""
+    """One expert layer of the cluster kernels' launches; shifts as in `FusedLayer` (gate's and up's in one row)."""
 
     qkv: expert_kernels.ExpertGemm
     out: expert_kernels.ExpertGemm

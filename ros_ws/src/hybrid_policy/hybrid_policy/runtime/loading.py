@@ -164,7 +164,7 @@ def choose_table(
     precisions: dict[str, str],
     device: torch.device,
 ) -> StageTable:
-    """The stages' implementations: expert.cu's clusters where device, shapes, precisions and cache allow them, else
+    """The stages' implementations: the cluster kernels' clusters where device, shapes, precisions and cache allow them, else
     Triton's fused kernels; split stages where real-time chunking needs a modulation a row.
 
     The variable HYBRID_POLICY_STAGES overrides single stages (see `stages.parse_table`), for comparisons.

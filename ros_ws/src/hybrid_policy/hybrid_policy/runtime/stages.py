@@ -27,7 +27,7 @@ STAGES = (*GLUE, "attention", "expert")
 
 @dataclass(frozen=True)
 class StageTable:
-    """stage -> implementation. ``expert`` is ``cluster`` (expert.cu), ``fused`` (Triton, one launch a projection) or
+    """stage -> implementation. ``expert`` is ``cluster`` (kernels/expert.py), ``fused`` (Triton, one launch a projection) or
     ``split`` (norm, GEMM, glue).
 
     pdl: kernels may start before their predecessor ends (programmatic dependent launch).

@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hybrid_policy.errors import InputError
+from hybrid_policy.kernels import expert
 from hybrid_policy.kernels.gate_up import prepare_gate_up
 from hybrid_policy.kernels.linear import prepare
 from hybrid_policy.kernels.norm import quantise_rows
+from hybrid_policy.kernels.qkv import rope_tables
 from hybrid_policy.models.config import Pi05Config
 from hybrid_policy.models.pi05 import EXPERT, PREFIX
 from hybrid_policy.runtime.projection import Projection
-from hybrid_policy.runtime.sites import ReferenceSite, pack_sites
+from hybrid_policy.runtime.sites import Packed, ReferenceSite, pack_sites
 
 #: group's kind -> the leaves that one launch serves
 KINDS: dict[str, tuple[str, ...]] = {
@@ -40,7 +42,7 @@ class Group:
     """Sites of one part that have one shape and share a launch in every layer.
 
     rows: tokens that pass through. shape: (out_features, in_features) of the stacked launch.
-    calls: launches an inference.
+    calls: launches an inference. heads: query heads, key/value heads, head dimension.
     """
 
     part: str
@@ -49,6 +51,7 @@ class Group:
     shape: tuple[int, int]
     calls: int
     layers: int
+    heads: tuple[int, int, int]
 
     @property
     def name(self) -> str:
@@ -95,7 +98,16 @@ def groups_of(config: Pi05Config, tokens: int) -> list[Group]:
             "mlp.down": (gemma.width, gemma.mlp_dim),
         }
         found += [
-            Group(part, kind, rows, shape, calls * gemma.depth, gemma.depth) for kind, shape in shapes.items()
+            Group(
+                part,
+                kind,
+                rows,
+                shape,
+                calls * gemma.depth,
+                gemma.depth,
+                (gemma.heads, gemma.kv_heads, gemma.head_dim),
+            )
+            for kind, shape in shapes.items()
         ]
     return found
 
@@ -161,6 +173,8 @@ def _call(group: Group, precision: str, layer: int, read: Read, device: torch.de
         modules = [ReferenceSite(weight, precision, None) for weight in packed]
         return lambda: [module(x) for module in modules]
     x = x.to(torch.bfloat16)
+    if group.part == "expert" and _cluster_fits(group, packed[0], device):
+        return _cluster_call(group, packed, x)
     if group.kind == "mlp.gate_up" and (group.part == "expert" or precision.startswith("nvfp4")):
         gate_up = prepare_gate_up(*packed, precision)  # type: ignore[arg-type]
         return lambda: gate_up(x, pdl=True)
@@ -174,6 +188,48 @@ def _call(group: Group, precision: str, layer: int, read: Read, device: torch.de
     quantised = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=device)
     quantise_rows(x, quantised, torch.empty(group.rows, device=device))
     return lambda: product(quantised)
+
+
+_EPILOGUES = {
+    "self_attn.qkv": expert.QKV,
+    "self_attn.o": expert.RESIDUAL,
+    "mlp.gate_up": expert.GEGLU,
+    "mlp.down": expert.RESIDUAL,
+}
+
+
+def _cluster_fits(group: Group, weight: Packed, device: torch.device) -> bool:
+    """Whether the engine would take the cluster kernels for this launch."""
+    properties = torch.cuda.get_device_properties(device)
+    limit = properties.shared_memory_per_block_optin
+    epilogue, (n, k) = _EPILOGUES[group.kind], group.shape
+    plan = expert.plan_gemm(epilogue, expert.format_of(weight), n, k, group.rows, limit)
+    return properties.major >= 9 and plan is not None
+
+
+def _cluster_call(group: Group, packed: Sequence[Packed], x: Tensor) -> Callable[[], object]:
+    """One launch of kernels/expert.py, with made-up norm, shift, gate and cache."""
+    heads, kv_heads, head_dim = group.heads
+    gemm = expert.ExpertGemm(list(packed), _EPILOGUES[group.kind], group.rows, heads=group.heads)
+    gemm.forget_source()
+    n, k = group.shape
+    device = x.device
+    factor = torch.ones(k, dtype=torch.bfloat16, device=device)
+    row = torch.zeros(n, device=device)
+    if group.kind == "mlp.gate_up":
+        out = torch.empty(group.rows, n // 2, dtype=torch.bfloat16, device=device)
+        return lambda: gemm(x, out, factor=factor, shift=row)
+    if group.kind == "self_attn.qkv":
+        q = torch.empty(group.rows, heads, head_dim, dtype=torch.bfloat16, device=device)
+        cache = torch.empty(group.rows, kv_heads, head_dim, dtype=torch.bfloat16, device=device)
+        other = torch.empty_like(cache)
+        start = torch.zeros(1, dtype=torch.int32, device=device)
+        tables = rope_tables(group.rows, head_dim, device)
+        return lambda: gemm(
+            x, q, factor=factor, shift=row, caches=(cache, other), tables=tables, start=start
+        )
+    stream = torch.zeros(group.rows, n, dtype=torch.bfloat16, device=device)
+    return lambda: gemm(x, stream, gate=row)
 
 
 class ActionProbe:

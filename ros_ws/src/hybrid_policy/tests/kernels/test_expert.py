@@ -1,4 +1,4 @@
-"""expert.cu: packing on any machine, machine code where nvcc is, results where a GPU is."""
+"""The expert's cluster kernels: packing on any machine, machine code where nvcc is, results where a GPU is."""
 
 import math
 import shutil
@@ -131,7 +131,7 @@ def test_a_width_that_does_not_divide_has_no_plan():
 def test_compiles_without_spilling(tmp_path, arch, name):
     heads = {"HEADS": 8, "KV_HEADS": 1, "HEAD_DIM": 256, "PDL": 1}
     if name == "attention":
-        configurations = [{"ATTENTION": 1, "GROUP": 8, "CLUSTER": 8, **heads}]
+        configurations = [{"GROUP": 8, "CLUSTER": 8, **heads}]
     else:
         epilogue, n, k = FULL[name]
         configurations = []
@@ -139,11 +139,14 @@ def test_compiles_without_spilling(tmp_path, arch, name):
             plan = expert.plan_gemm(epilogue, fmt, n, k, 50, H100_LIMIT)
             configurations.append(
                 {
-                    "GEMM": 1, "K_TOTAL": k, "N_TOTAL": n, "BN": plan.bn, "CLUSTER": plan.cluster, "WM": plan.wm,
+                    "K_TOTAL": k, "N_TOTAL": n, "BN": plan.bn, "CLUSTER": plan.cluster, "WM": plan.wm,
                     "WK": plan.wk, "MT": 56, "FORMAT": number, "EPILOGUE": epilogue,
                     "NORM": int(epilogue != expert.RESIDUAL), **heads,
                 }
             )  # fmt: skip
+    sources = expert.ATTENTION_SOURCES if name == "attention" else expert.GEMM_SOURCES
+    source = tmp_path / "whole.cu"
+    source.write_text("\n".join(part.read_text() for part in sources))
     for macros in configurations:
         command = [
             "nvcc",
@@ -155,7 +158,7 @@ def test_compiles_without_spilling(tmp_path, arch, name):
             "-o",
             str(tmp_path / "x.cubin"),
         ]
-        command += [f"-D{key}={value}" for key, value in macros.items()] + [str(expert.SOURCE)]
+        command += [f"-D{key}={value}" for key, value in macros.items()] + [str(source)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "0 bytes stack frame, 0 bytes spill stores" in done.stderr

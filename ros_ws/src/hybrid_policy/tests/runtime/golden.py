@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file
-
 from hybrid_policy.models.processors import ModelInputs
+from safetensors.numpy import load_file
 
 GOLDEN = Path(__file__).parent.parent / "models" / "fixtures" / "lerobot_pi05_tiny"
 CASES = (0, 1, 2)

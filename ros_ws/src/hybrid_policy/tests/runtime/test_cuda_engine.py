@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from hybrid_policy.runtime.backend import Guidance
 from hybrid_policy.runtime.engine import Engine
 from hybrid_policy.runtime.rtc import RealTimeChunking

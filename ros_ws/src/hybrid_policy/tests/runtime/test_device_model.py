@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from hybrid_policy.kernels.flow_step import Guide
 from hybrid_policy.models.checkpoint import open_checkpoint
 from hybrid_policy.runtime.backend import Guidance

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-
 from hybrid_policy.errors import InputError
 from hybrid_policy.models.observation import Continuation, Observation
 from hybrid_policy.runtime.engine import STAGES, Engine

@@ -3,7 +3,6 @@ import json
 import numpy as np
 import pytest
 import torch
-
 from hybrid_policy.cli import main
 from hybrid_policy.errors import InputError
 from hybrid_policy.models.tensor_files import TensorStore
@@ -39,7 +38,10 @@ def quantised(source, tmp_path_factory):
 def test_layers_and_tensors_are_modelopts(quantised):
     config = json.loads((quantised / "hf_quant_config.json").read_text())["quantization"]
     assert config["quant_algo"] == "MIXED_PRECISION"
-    assert config["quantized_layers"][LAYER + "mlp.gate_proj"] == {"quant_algo": "W4A16_NVFP4", "group_size": 16}
+    assert config["quantized_layers"][LAYER + "mlp.gate_proj"] == {
+        "quant_algo": "W4A16_NVFP4",
+        "group_size": 16,
+    }
     assert config["quantized_layers"][LAYER + "mlp.down_proj"] == {"quant_algo": "FP8"}
     assert LAYER + "self_attn.q_proj" not in config["quantized_layers"]
     store = TensorStore.open(quantised)
@@ -79,7 +81,10 @@ def test_packed_bits_are_those_of_direct_packing(source, quantised):
 def test_recipe_without_its_file(quantised, tmp_path):
     (tmp_path / "hf_quant_config.json").write_text((quantised / "hf_quant_config.json").read_text())
     recipe = read_recipe(tmp_path)
-    assert dict((rule.pattern, rule.precision) for rule in recipe.rules)[LAYER + "mlp.gate_proj"] == "nvfp4_w4a16"
+    assert (
+        dict((rule.pattern, rule.precision) for rule in recipe.rules)[LAYER + "mlp.gate_proj"]
+        == "nvfp4_w4a16"
+    )
 
 
 def test_another_recipe_on_a_quantised_checkpoint_is_refused(quantised):
@@ -94,7 +99,17 @@ def test_static_calibration(source, tmp_path):
         write_observation(folder / f"{i}.npz", observation(i))
     assert len(list(read_observations(folder, 2))) == 2
     out = tmp_path / "static"
-    arguments = ["quantize", str(source), "seed", str(out), "--device", "cpu", "--calibrate", str(folder), "--static"]
+    arguments = [
+        "quantize",
+        str(source),
+        "seed",
+        str(out),
+        "--device",
+        "cpu",
+        "--calibrate",
+        str(folder),
+        "--static",
+    ]
     assert main(arguments) == 0
     _, scales = read_packed(TensorStore.open(out), quantised_sites(out), torch.device("cpu"))
     assert set(scales) <= {s for s, p in quantised_sites(out).items() if p == "fp8_w8a8"}

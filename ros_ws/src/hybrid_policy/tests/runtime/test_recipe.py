@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import pytest
-
 from hybrid_policy.errors import InputError
 from hybrid_policy.models.config import PI05_FULL
 from hybrid_policy.runtime.recipe import load_recipe, write_recipe

@@ -2,7 +2,6 @@ import math
 
 import numpy as np
 import pytest
-
 from hybrid_policy.errors import InputError
 from hybrid_policy.models.observation import Continuation
 from hybrid_policy.runtime.rtc import RealTimeChunking, overlap_weights, shifted

@@ -2,7 +2,6 @@ import json
 
 import numpy as np
 import pytest
-
 from hybrid_policy.cli import main
 from hybrid_policy.errors import InputError
 from hybrid_policy.models.config import PI05_FULL
@@ -70,14 +69,34 @@ def test_command_writes_a_recipe_that_fits(tmp_path, capsys):
         width=64, depth=3, num_steps=2,
     )  # fmt: skip
     checkpoint = random_checkpoint(
-        tmp_path / "policy", cameras=("a",), state_range=[(-1, 1)] * 2, action_range=[(-1, 1)] * 2, config=config
+        tmp_path / "policy",
+        cameras=("a",),
+        state_range=[(-1, 1)] * 2,
+        action_range=[(-1, 1)] * 2,
+        config=config,
     )
     out = tmp_path / "tuned.yaml"
-    arguments = ["tune", str(checkpoint), str(out), "--device", "cpu", "--observations", "1", "--bound", "0.2", "--json"]
+    arguments = [
+        "tune",
+        str(checkpoint),
+        str(out),
+        "--device",
+        "cpu",
+        "--observations",
+        "1",
+        "--bound",
+        "0.2",
+        "--json",
+    ]
     assert main(arguments) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["action_error"] <= 0.2
     assert len(told["table"]) == 2 * (2 * 2 + 2 * 4)
     recipe = load_recipe(out)
-    assert set(recipe.assign(model_sites(config)).values()) <= {"bf16", "fp8_w8a8", "nvfp4_w4a16", "nvfp4_w4a4"}
+    assert set(recipe.assign(model_sites(config)).values()) <= {
+        "bf16",
+        "fp8_w8a8",
+        "nvfp4_w4a16",
+        "nvfp4_w4a4",
+    }
     assert main(["tune", str(checkpoint), str(out), "--bound", "2", "--device", "cpu"]) == 2
