@@ -27,6 +27,7 @@ from hybrid_policy.sim.tasks import TASK_COLOURS, SceneSettings, expert_state, j
 from numpy.typing import NDArray
 
 SCENES = SceneSettings(randomise=True, distractor=0.35, start_noise=0.07)
+_REACH = np.array([[-0.10, 0.32, 0.0], [0.28, 0.68, 0.35]])  # of a cube's centre (m)
 _STEPS = round(PERIOD / TIME_STEP)
 
 
@@ -87,17 +88,17 @@ class Recorder:
     def frames(self) -> Frames:
         """Label all and start anew."""
         joined = ExpertState(
-            *(
-                np.concatenate([getattr(asked, field.name) for asked in self._asked])
-                for field in fields(ExpertState)
-            )
+            *(np.concatenate([getattr(asked, field.name) for asked in self._asked]) for field in fields(ExpertState))
         )
         plans = self._robot_file.actions(plan(joined, self._horizon))
+        cubes = joined.cube.reshape(-1, 2, 3)
+        # A cube that was knocked off the table or out of reach teaches nothing.
+        kept = ((cubes >= _REACH[0]) & (cubes <= _REACH[1])).all(axis=(1, 2))
         frames = Frames(
-            np.stack(self._images),
-            np.stack(self._states),
-            plans.reshape(-1, 2, *plans.shape[1:]),
-            joined.cube.reshape(-1, 2, 3).astype(np.float32),
+            np.stack(self._images)[kept],
+            np.stack(self._states)[kept],
+            plans.reshape(-1, 2, *plans.shape[1:])[kept],
+            cubes[kept].astype(np.float32),
         )
         self._images, self._states, self._asked = [], [], []
         return frames
@@ -130,9 +131,7 @@ def add_at_rest(recorder: Recorder, robot: SimRobot, random: np.random.Generator
     recorder.add(robot, recorder.see(robot), leads)
 
 
-def add_on_the_way(
-    recorder: Recorder, robot: SimRobot, random: np.random.Generator, share: float = 0.2
-) -> None:
+def add_on_the_way(recorder: Recorder, robot: SimRobot, random: np.random.Generator, share: float = 0.2) -> None:
     """Frames of one disturbed episode of the expert, ``share`` of all its set-points."""
     robot.reset(sample_scene(random, SCENES))
     if random.random() < 0.35:

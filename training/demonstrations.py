@@ -218,9 +218,7 @@ def write(out: Path, episodes: int, seed: int, workers: int, motor_noise: float)
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the dataset, new or empty")
     parser.add_argument("--episodes", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0, help="of the first episode")

@@ -132,9 +132,7 @@ class TrainingPolicy:
         self.action = Normalization.of("quantiles", "lerobot", stats["action"], 14, "action")
         self.ids = PromptIds(tokenizer, model.config.state_dim, model.config.max_token_len)
 
-    def tokens(
-        self, prompts: list[str], states: NDArray[np.float32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def tokens(self, prompts: list[str], states: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ids [n, max_token_len] and counts [n] of prompts with states in the checkpoint's units."""
         return self.ids(prompts, discretize(self.state.normalize(states)))
 

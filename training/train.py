@@ -48,18 +48,14 @@ NOISES = 4  # noises and times for each prefix
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, curve and figures")
     parser.add_argument("--init", type=Path, help="a checkpoint directory to go on from")
     parser.add_argument("--tiny", action="store_true", help="a tiny network and few frames: tries the code")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--frames", type=int, default=100_000, help="of the expert, at most")
-    parser.add_argument(
-        "--collect-seconds", type=float, default=70.0, help="for the expert's frames, at most"
-    )
+    parser.add_argument("--collect-seconds", type=float, default=70.0, help="for the expert's frames, at most")
     parser.add_argument("--train-seconds", type=float, default=260.0, help="of gradient steps alone")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -257,9 +253,7 @@ class Trainer:
                 )
                 if self.spent - last > 15:
                     last = self.spent
-                    self.say(
-                        f"step {self.step}: flow {mean[0]:.4f}, grounding {mean[1]:.4f}, {self.spent:.0f} s"
-                    )
+                    self.say(f"step {self.step}: flow {mean[0]:.4f}, grounding {mean[1]:.4f}, {self.spent:.0f} s")
                 sums.zero_()
                 count = 0
 
@@ -376,9 +370,7 @@ class Trainer:
         seeds = tuple(range(JUDGED, JUDGED + args.episodes))
         for name, scenes in (("two cubes", SceneSettings()), ("third cube", SceneSettings(distractor=1.0))):
             for delay in args.delays if name == "two cubes" else args.delays[:1]:
-                job = EpisodesJob(
-                    seeds, self.spec(), scenes, LoopSettings(delay=delay), self.config.image_size
-                )
+                job = EpisodesJob(seeds, self.spec(), scenes, LoopSettings(delay=delay), self.config.image_size)
                 results, _ = pool.episodes(job, policy)
                 summary = summarise(results)
                 figures["closed_loop"][f"{name}, delay {delay * 1e3:.0f} ms"] = summary

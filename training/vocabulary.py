@@ -75,15 +75,11 @@ class PromptIds:
         vocabulary = tokenizer.get_vocab()
         self.length = length
         self._action = vocabulary["action"]
-        self._numbers = np.array(
-            [[vocabulary[f"{mark(j)}{n}"] for n in [*range(BINS), -1]] for j in range(state_dim)]
-        )
+        self._numbers = np.array([[vocabulary[f"{mark(j)}{n}"] for n in [*range(BINS), -1]] for j in range(state_dim)])
         self._prompts: dict[str, list[int]] = {}
         self._tokenizer = tokenizer
 
-    def __call__(
-        self, prompts: list[str], bins: NDArray[np.intp]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def __call__(self, prompts: list[str], bins: NDArray[np.intp]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Prompts and bins [n, state_dim] (-1 allowed) -> ids [n, length], right-padded, and counts [n]."""
         ids = np.zeros((len(prompts), self.length), np.int64)
         counts = np.zeros(len(prompts), np.int64)
@@ -101,9 +97,7 @@ class PromptIds:
         return ids, counts
 
 
-def smooth_rows(
-    tokenizer: Tokenizer, state_dim: int, width: int, seed: int
-) -> dict[int, NDArray[np.float32]]:
+def smooth_rows(tokenizer: Tokenizer, state_dim: int, width: int, seed: int) -> dict[int, NDArray[np.float32]]:
     """First embeddings of the state's numbers: near numbers near each other, each joint on its own.
 
     A joint's number n is a random projection of the cosines of (n / 256) pi f, f = 0...7, with weights
@@ -123,6 +117,4 @@ def smooth_rows(
 
 def save(tokenizer: Tokenizer, path: Path) -> None:
     """Write tokenizer.json on few lines, the same bytes for the same tokenizer."""
-    path.write_text(
-        json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=True, separators=(",", ":")) + "\n"
-    )
+    path.write_text(json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=True, separators=(",", ":")) + "\n")

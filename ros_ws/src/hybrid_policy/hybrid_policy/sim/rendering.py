@@ -62,4 +62,8 @@ def load_mujoco() -> Any:
         if importlib.util.find_spec("mujoco") is None:
             raise InputError("mujoco: not installed, expected the simulator (pip install mujoco==3.8.1)")
         choose_gl()
+        if importlib.util.find_spec("triton") is not None:
+            # Mesa and Triton each bring an LLVM: a process that has rendered crashes when it then loads Triton,
+            # while the other order works. So whoever renders has Triton loaded first.
+            importlib.import_module("triton")
     return importlib.import_module("mujoco")

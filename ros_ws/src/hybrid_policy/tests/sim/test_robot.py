@@ -11,9 +11,7 @@ from hybrid_policy.sim.kinematics import arm_to, tip_of
 from hybrid_policy.sim.robot import SimRobot, asset_folder
 from hybrid_policy.sim.scene import HOME, JOINT_NAMES, Cube, Scene
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("mujoco") is None, reason="the simulator is not installed"
-)
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("mujoco") is None, reason="the simulator is not installed")
 SCENE = Scene((Cube("red", 0.05, 0.5), Cube("blue", 0.18, 0.58)), "red", "pick up the red cube")
 
 

@@ -11,9 +11,7 @@ from hybrid_policy.sim.robot import SimRobot
 from hybrid_policy.sim.scene import AREA_X, AREA_Y, HOME, Cube, Scene
 from hybrid_policy.sim.tasks import SceneSettings, colour_in, expert_state, judge, run_expert, sample_scene
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("mujoco") is None, reason="the simulator is not installed"
-)
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("mujoco") is None, reason="the simulator is not installed")
 
 
 def solve(count: int, seed: int, motor_noise: float = 0.0) -> tuple[int, int]:
