@@ -5,7 +5,7 @@
 A process of its own plays camera and joint drivers (two 224 x 224 cameras at 30 Hz, 14 joints at 100 Hz) and
 listens to the commands; the node runs with a policy that answers at once, so that all that is left is the
 node's own time: waiting for the deadline, matching, decoding, planning, guard, message, DDS. With
---checkpoint it runs that policy instead, and the engine's own latency stands beside.
+--checkpoint, or --full-size on a GPU, it runs a real policy instead, and the engine's own latency stands beside.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hybrid_policy.control.latency import ENGINE_STAGES
 from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.models.observation import ActionChunk, Observation, PolicySpec
 from hybrid_policy.share import resolve
@@ -44,19 +45,58 @@ class InstantPolicy:
         return ActionChunk(actions, self._normalised, observation.stamp, {})
 
 
-def run_node(arguments: list[str], instant: bool) -> None:
-    """The policy node in a process of its own."""
+def full_size_policy(robot: RobotFile, recipe_name: str) -> Any:
+    """pi0.5 at full size on the GPU with random weights: what it costs does not depend on them."""
+    import torch
+    from engine import RandomWeights
+    from hybrid_policy.models.config import PI05_FULL
+    from hybrid_policy.models.normalization import Normalization
+    from hybrid_policy.models.processors import Processors
+    from hybrid_policy.models.tokenizer import load_tokenizer
+    from hybrid_policy.runtime.cuda_backend import CudaBackend
+    from hybrid_policy.runtime.device_weights import build_weights
+    from hybrid_policy.runtime.engine import Engine
+    from hybrid_policy.runtime.loading import choose_table, device_precisions
+    from hybrid_policy.runtime.random_policy import _byte_tokenizer
+    from hybrid_policy.runtime.recipe import load_recipe
+    from hybrid_policy.runtime.rtc import RealTimeChunking
+    from hybrid_policy.runtime.sites import model_sites
+
+    device = torch.device("cuda")
+    values = len(robot.action_names)
+    cameras = tuple(camera.name for camera in robot.cameras)
+    config = PI05_FULL.replace(cameras=cameras, state_dim=len(robot.state_names), action_dim=values)
+    rtc, recipe = RealTimeChunking("prior_corrected"), load_recipe(recipe_name)
+    precisions = device_precisions(recipe, model_sites(config), device)
+    table = choose_table(rtc, recipe, config, precisions, device)
+    with torch.inference_mode():
+        weights = build_weights(
+            config, RandomWeights(config), precisions, dtype=torch.bfloat16, expert=table.expert, pdl=table.pdl
+        )
+        backend = CudaBackend(weights, table, rtc, recipe.prefix_cache, name=recipe.name, timing=True)
+    tokenizer = Path(tempfile.mkdtemp()) / "tokenizer.json"
+    _byte_tokenizer(tokenizer)
+    ends = {"q01": np.full(values, -2.0), "q99": np.full(values, 2.0)}
+    norm = Normalization.of("quantiles", "lerobot", ends, values, "range")
+    # The prompt without the state: one token a letter makes 40 of them, about what PaliGemma's takes with it.
+    processors = Processors(config, norm, norm, "task", load_tokenizer(tokenizer))
+    spec = PolicySpec("full size", cameras, config.state_dim, values, config.max_action_dim, config.horizon)
+    return Engine(spec, processors, backend, recipe, rtc, seed=0)
+
+
+def run_node(arguments: list[str], kind: str) -> None:
+    """The policy node in a process of its own. kind: instant, full or checkpoint."""
     sys.argv = ["policy_node", *arguments]
     from hybrid_policy.models.observation import Policy
     from hybrid_policy.ros.policy_node import PolicyNode, main
 
     class InstantNode(PolicyNode):
-        """The node, with a policy that costs nothing."""
+        """The node, with another policy."""
 
         def make_policy(self, recipe: str) -> Policy:
-            return InstantPolicy(self.robot)
+            return InstantPolicy(self.robot) if kind == "instant" else full_size_policy(self.robot, recipe)
 
-    raise SystemExit(main(InstantNode if instant else PolicyNode))
+    raise SystemExit(main(PolicyNode if kind == "checkpoint" else InstantNode))
 
 
 def drive(robot: RobotFile, seconds: float) -> list[tuple[int, int]]:
@@ -113,7 +153,9 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=10.0, help="inferences per second")
     parser.add_argument("--robot", default="sim_aloha")
     parser.add_argument("--checkpoint", default="", help="a real policy; default: one that answers at once")
+    parser.add_argument("--full-size", action="store_true", help="pi0.5 at full size, random weights, on the GPU")
     parser.add_argument("--recipe", default="bf16")
+    parser.add_argument("--load-seconds", type=float, default=0.0, help="wait for the policy to load")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/node_overhead.json"))
     args = parser.parse_args()
@@ -131,8 +173,12 @@ def main() -> None:
     }
     arguments = ["--ros-args", *(part for k, v in given.items() for part in ("-p", f"{k}:={v}"))]
     context = multiprocessing.get_context("spawn")
-    node = context.Process(target=run_node, args=(arguments, not args.checkpoint))
+    kind = "full" if args.full_size else "checkpoint" if args.checkpoint else "instant"
+    node = context.Process(target=run_node, args=(arguments, kind))
     node.start()
+    end = time.monotonic() + args.load_seconds
+    while node.is_alive() and time.monotonic() < end and not log.exists():
+        time.sleep(0.2)
     drive(robot, args.seconds)
     if node.pid is not None:
         os.kill(node.pid, signal.SIGINT)
@@ -141,6 +187,7 @@ def main() -> None:
     columns = {
         "decode": [x["decode_ms"] for x in lines],
         "infer": [x["infer_ms"] for x in lines],
+        **{f"- {name}": [x["stages_ms"].get(name, 0.0) for x in lines] for name in ENGINE_STAGES},
         "plan, guard, publish": [x["publish_ms"] for x in lines],
         "the node adds": [x["total_ms"] - x["infer_ms"] for x in lines],
         "newest image to command": [x["stamp_to_publish_ms"] for x in lines],
@@ -151,7 +198,9 @@ def main() -> None:
     report = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}",
         "date": time.strftime("%Y-%m-%d"),
-        "policy": args.checkpoint or "answers at once",
+        "policy": "pi0.5 at full size" if args.full_size else args.checkpoint or "answers at once",
+        "recipe": args.recipe,
+        "inferences per second": args.rate,
         "chunks": len(lines),
         "milliseconds p50, p99, max": rows,
     }
