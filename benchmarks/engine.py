@@ -43,6 +43,7 @@ OFF = RealTimeChunking("off")
 
 
 def shapes_of(config: Pi05Config) -> dict[str, tuple[int, ...]]:
+    """Parameter -> shape."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in Pi05(config).named_parameters()}
 
@@ -54,6 +55,7 @@ class RandomWeights:
         self._shapes = shapes_of(config)
 
     def __call__(self, name: str) -> torch.Tensor:
+        """The tensor of one parameter."""
         shape = self._shapes[name]
         generator = torch.Generator(DEVICE).manual_seed(zlib.crc32(name.encode()))
         x = torch.randn(shape, generator=generator, device=DEVICE)
@@ -64,6 +66,7 @@ class RandomWeights:
 
 
 def observation(config: Pi05Config, seed: int, tokens: int) -> tuple[ModelInputs, np.ndarray]:
+    """Random inputs and noise, the same for a seed."""
     random = np.random.default_rng(seed)
     size, views = config.image_size, len(config.cameras)
     ids = np.zeros(config.max_token_len, np.int64)
@@ -98,6 +101,7 @@ class PlainModel:
 
     @torch.inference_mode()
     def run(self, images, tokens, count, noise):
+        """Actions [1, H, A] of device tensors."""
         model = self.model
         embedded, valid = model.embed_prefix(images, None, tokens, count)
         cache = model.prefix_cache(embedded, valid)
@@ -107,6 +111,7 @@ class PlainModel:
         return x
 
     def tensors(self, inputs: ModelInputs, noise: np.ndarray):
+        """Inputs on the device, the prompt without its padding."""
         n = inputs.token_count
         return (
             torch.from_numpy(inputs.images)[None].to(DEVICE),
@@ -116,9 +121,11 @@ class PlainModel:
         )
 
     def actions(self, inputs: ModelInputs, noise: np.ndarray) -> np.ndarray:
+        """Normalised actions [H, A]."""
         return self.run(*self.tensors(inputs, noise))[0].float().cpu().numpy()
 
     def time_graph(self, inputs: ModelInputs, noise: np.ndarray, replays: int) -> list[float]:
+        """Seconds of each replay of the captured model, copies in and out included."""
         static = self.tensors(inputs, noise)
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
@@ -141,15 +148,14 @@ class PlainModel:
 
 
 def make_backend(config, source, recipe_name, *, timing, stages="", tokens=None):
+    """A captured backend of the recipe at full size, and its site precisions."""
     recipe = load_recipe(recipe_name)
     precisions = device_precisions(recipe, model_sites(config), DEVICE)
     table = choose_table(OFF, recipe, config, precisions, DEVICE) if not stages else parse_table(stages)
     print(f"  {table.describe()}")
     begin = time.perf_counter()
     with torch.inference_mode():
-        weights = build_weights(
-            config, source, precisions, dtype=torch.bfloat16, expert=table.expert, pdl=table.pdl
-        )
+        weights = build_weights(config, source, precisions, dtype=torch.bfloat16, expert=table.expert, pdl=table.pdl)
         torch.cuda.synchronize()
         built = time.perf_counter()
         buckets = row_buckets(len(config.cameras), config.image_tokens, config.max_token_len)
@@ -165,11 +171,13 @@ def make_backend(config, source, recipe_name, *, timing, stages="", tokens=None)
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
+    """Milliseconds."""
     ms = np.asarray(seconds) * 1e3
     return {f"p{p}": float(np.percentile(ms, p)) for p in (50, 95, 99)} | {"max": float(ms.max())}
 
 
 def time_backend(backend, config, tokens, replays, warm=20):
+    """Seconds of each run, and the median milliseconds of each stage."""
     inputs, noise = observation(config, 1, tokens)
     seconds, stages = [], defaultdict(list)
     gc.collect()
@@ -200,18 +208,19 @@ def profile(backend, config, tokens, top=28):
     total = sum(e.device_time_total for e in rows) / 3
     print(f"  kernels: {total / 1e3:.3f} ms in sum")
     for e in rows[:top]:
-        print(
-            f"  {e.device_time_total / 3e3:8.3f} ms {e.count // 3:5d} x {e.device_time_total / e.count:8.2f} us  {e.key[:110]}"
-        )
+        each = e.device_time_total / e.count
+        print(f"  {e.device_time_total / 3e3:8.3f} ms {e.count // 3:5d} x {each:8.2f} us  {e.key[:110]}")
     sys.stdout.flush()
 
 
 def free() -> None:
+    """Give cached device memory back."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def fidelity(expected: dict[int, np.ndarray], backend, config, tokens) -> dict[str, float]:
+    """Cosine and relative error of the actions against the plain model in float32; whether replays agree."""
     cosines, errors = [], []
     for seed, reference in expected.items():
         inputs, noise = observation(config, seed, tokens)
@@ -230,9 +239,8 @@ def fidelity(expected: dict[int, np.ndarray], backend, config, tokens) -> dict[s
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Run what the arguments ask for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", default="bf16,seed,fp8,h100")
     parser.add_argument("--cases", default="2x48,3x200")
     parser.add_argument("--replays", type=int, default=1000)
@@ -276,16 +284,17 @@ def main() -> int:
             try:
                 rows.append(measure(config, source, recipe, case, tokens, views, expected, args))
                 print("  " + json.dumps(rows[-1]), flush=True)
+                if args.out:  # after each row: what is measured is kept, whatever comes
+                    write(args.out, rows, device)
             except Exception:
                 traceback.print_exc()
             free()
     print_table(rows)
-    if args.out:
-        write(args.out, rows, device)
     return 0
 
 
 def measure(config, source, recipe, case, tokens, views, expected, args) -> dict[str, object]:
+    """One row of the table."""
     free()
     base = torch.cuda.memory_reserved()
     backend, precisions = make_backend(config, source, recipe, timing=True, stages=args.stages, tokens=tokens)
@@ -321,6 +330,7 @@ def measure(config, source, recipe, case, tokens, views, expected, args) -> dict
 
 
 def print_table(rows: list[dict[str, object]]) -> None:
+    """The rows, briefly."""
     columns = [
         "case", "recipe", "p50", "p99", "max", "vision_ms", "vision_floor_ms", "prefix_ms", "prefix_floor_ms",
         "denoise_ms", "denoise_floor_ms", "allocated_gb", "reserved_gb", "cosine_min", "error_mean", "error_max",
@@ -333,6 +343,7 @@ def print_table(rows: list[dict[str, object]]) -> None:
 
 
 def write(out: Path, rows: list[dict[str, object]], device: str) -> None:
+    """engine.json and engine.csv in ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     about = {
         "device": device,

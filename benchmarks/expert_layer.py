@@ -36,6 +36,7 @@ MORE_PLANS = {
 
 
 def weights(fmt: str, rows: list[int], k: int) -> list[expert.Weight]:
+    """Random weights of one format."""
     dense = [torch.randn(n, k, device="cuda") / math.sqrt(k) for n in rows]
     if fmt == "bf16":
         return [w.bfloat16() for w in dense]
@@ -43,6 +44,8 @@ def weights(fmt: str, rows: list[int], k: int) -> list[expert.Weight]:
 
 
 class Buffers:
+    """Activations, caches and vectors that the launches read and write."""
+
     def __init__(self) -> None:
         bf16 = {"device": "cuda", "dtype": torch.bfloat16}
         self.h = torch.randn(TOKENS, 1024, **bf16)
@@ -57,6 +60,7 @@ class Buffers:
         self.gate = torch.full((1024,), 0.01, device="cuda")
 
     def launch(self, name: str, gemm: expert.ExpertGemm) -> None:
+        """One product as the engine launches it."""
         if name == "qkv":
             gemm(self.h, self.q, factor=self.factor, shift=self.shift, caches=self.caches, tables=self.tables,
                  start=self.valid)  # fmt: skip
@@ -87,6 +91,7 @@ def microseconds(launch, count: int, replays: int = 30) -> float:
 
 
 def stage(name: str, fmt: str, buffers: Buffers, plan: tuple[int, int, int, int] | None, pdl: bool) -> float:
+    """Microseconds of one product in a chain of its like."""
     epilogue, rows, k = STAGES[name]
     chosen = None if plan is None else expert.GemmPlan(*plan)
     gemms = [
@@ -103,11 +108,10 @@ def stage(name: str, fmt: str, buffers: Buffers, plan: tuple[int, int, int, int]
 
 
 def layer(formats: dict[str, str], buffers: Buffers, pdl: bool, attention: bool = True) -> float:
+    """Microseconds of a whole layer in a chain of 18 layers."""
     made = [
         {
-            name: expert.ExpertGemm(
-                weights(formats[name], rows, k), epilogue, TOKENS, heads=(8, 1, 256), pdl=pdl
-            )
+            name: expert.ExpertGemm(weights(formats[name], rows, k), epilogue, TOKENS, heads=(8, 1, 256), pdl=pdl)
             for name, (epilogue, rows, k) in STAGES.items()
         }
         for _ in range(LAYERS)
@@ -127,9 +131,8 @@ def layer(formats: dict[str, str], buffers: Buffers, pdl: bool, attention: bool 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Measure and print; write a CSV where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plans", action="store_true", help="every plan, not only the chosen one")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -151,10 +154,10 @@ def main() -> None:
         )
 
     for name, (_, n, k) in STAGES.items():
-        for fmt in BYTES:
+        for fmt, each in BYTES.items():
             if name == "qkv" and fmt == "nvfp4":
                 continue
-            size = sum(n) * k * BYTES[fmt]
+            size = sum(n) * k * each
             plans = [None, *MORE_PLANS[name]] if args.plans and fmt != "bf16" else [None]
             for plan in plans:
                 note(

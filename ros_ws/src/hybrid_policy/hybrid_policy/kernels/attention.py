@@ -23,9 +23,7 @@ from hybrid_policy.errors import InputError
 from hybrid_policy.kernels.norm import pdl_option
 
 
-def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor, extra: int, out: Tensor, scale: float
-) -> None:
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, extra: int, out: Tensor, scale: float) -> None:
     """The mathematics of `attention`; reads ``valid`` on the device only, as the kernel does."""
     rows, heads, head_dim = q.shape
     kv_heads = k.shape[1]
@@ -124,9 +122,7 @@ def _attention_kernel(
         if arrived == SPLITS - 1:
             best = tl.full([BLOCK_M], float("-inf"), tl.float32)
             for s in tl.static_range(SPLITS):
-                best = tl.maximum(
-                    best, tl.load(stat_ptr + (base + s) * BLOCK_M * 2 + m * 2, cache_modifier=".cg")
-                )
+                best = tl.maximum(best, tl.load(stat_ptr + (base + s) * BLOCK_M * 2 + m * 2, cache_modifier=".cg"))
             sum_weight = tl.zeros([BLOCK_M], tl.float32)
             sum_acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
             for s in tl.static_range(SPLITS):
@@ -192,9 +188,7 @@ class Attention:
         expected |= dict.fromkeys(("k", "v"), (self.capacity, kv_heads, head_dim))
         for name, tensor in (("q", q), ("out", out), ("k", k), ("v", v)):
             if tuple(tensor.shape) != expected[name] or not tensor.is_contiguous():
-                raise InputError.at(
-                    "attention", name, tuple(tensor.shape), f"contiguous {list(expected[name])}"
-                )
+                raise InputError.at("attention", name, tuple(tensor.shape), f"contiguous {list(expected[name])}")
         group = heads // kv_heads
         plan = self.plan
         _attention_kernel[self._grid](

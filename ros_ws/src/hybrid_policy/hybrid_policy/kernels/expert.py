@@ -72,6 +72,12 @@ PLANS: dict[int, tuple[GemmPlan, ...]] = {
 }
 
 
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may take on a device."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+
+
 def padded_tokens(tokens: int) -> int:
     """Tokens of a block: a multiple of 8, at most 64."""
     return min(64, -(-tokens // 8) * 8)
@@ -86,10 +92,7 @@ def plan_gemm(epilogue: int, fmt: str, n: int, k: int, tokens: int, limit: int) 
 
 class _GemmArguments(ctypes.Structure):
     _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("x", "w", "w_scales", "row_scale", "factor", "shift", "gate", "out")
-        ),
+        *((name, ctypes.c_void_p) for name in ("x", "w", "w_scales", "row_scale", "factor", "shift", "gate", "out")),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "cosines", "sines", "start")),
         ("tokens", ctypes.c_int),
         ("eps", ctypes.c_float),
@@ -151,12 +154,10 @@ class ExpertGemm:
         values, rows = _rows(values, order), rows[order]
         n, k = values.shape
         self.shape, self.epilogue, self._fmt, self._order = (n, k), epilogue, fmt, order
-        limit = torch.cuda.get_device_properties(values.device).shared_memory_per_block_optin
+        limit = shared_limit(values.device)
         chosen = plan or plan_gemm(epilogue, fmt, n, k, tokens, limit)
         if chosen is None or not chosen.fits(fmt, n, k, padded_tokens(tokens), epilogue != RESIDUAL, limit):
-            raise InputError(
-                f"expert: {fmt} [{n}, {k}], {tokens} tokens: no plan fits {limit} bytes of shared memory"
-            )
+            raise InputError(f"expert: {fmt} [{n}, {k}], {tokens} tokens: no plan fits {limit} bytes of shared memory")
         self.plan = chosen
         mt = padded_tokens(tokens)
         self._grid = (n // chosen.bn * chosen.cluster, -(-tokens // mt))
@@ -217,11 +218,7 @@ class ExpertGemm:
             factor: bf16 [K], 1 + scale. shift: float32 [N] from `shift_rows`. gate: float32 [N].
             caches: bf16 [capacity, kv_heads, head_dim]. tables: from `rope_tables`. start: int32 [1].
         """
-        if (
-            tuple(x.shape) != (self._tokens, self.shape[1])
-            or x.dtype != torch.bfloat16
-            or not x.is_contiguous()
-        ):
+        if tuple(x.shape) != (self._tokens, self.shape[1]) or x.dtype != torch.bfloat16 or not x.is_contiguous():
             raise InputError.at(
                 "expert", "x", (tuple(x.shape), x.dtype), f"contiguous bf16 {(self._tokens, self.shape[1])}"
             )
@@ -325,7 +322,7 @@ def fits_device(
     properties = torch.cuda.get_device_properties(device)
     if properties.major < 9 or not ExpertAttention.fits(heads[2]):
         return False
-    limit = properties.shared_memory_per_block_optin
+    limit = shared_limit(device)
     rows = (heads[0] + 2 * heads[1]) * heads[2]
     shapes = {
         "qkv": (QKV, rows, width),

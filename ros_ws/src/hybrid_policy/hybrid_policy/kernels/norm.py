@@ -115,7 +115,7 @@ def _add_norm_kernel(
         # NaN and Inf must not turn into numbers: they make the row's scale NaN or Inf.
         factor = tl.max(tl.abs(result), 0) / 448.0
         factor = tl.where(factor == 0.0, 1.0, factor)
-        bad = tl.sum(tl.where(result == result, 0, 1), 0) > 0
+        bad = tl.sum((result != result).to(tl.int32), 0) > 0  # noqa: PLR0124 (NaN)
         factor = tl.where(bad, float("nan"), factor)
         tl.store(out_scale_ptr + row, factor)
         result = tl.minimum(tl.maximum(result / factor, -448.0), 448.0)
@@ -231,7 +231,8 @@ def _geglu_kernel(
     if QUANTISE:
         scale = tl.max(tl.abs(result), 0) / 448.0
         scale = tl.where(scale == 0.0, 1.0, scale)
-        scale = tl.where(tl.sum(tl.where(result == result, 0, 1), 0) > 0, float("nan"), scale)
+        bad = tl.sum((result != result).to(tl.int32), 0) > 0  # noqa: PLR0124 (NaN)
+        scale = tl.where(bad, float("nan"), scale)
         tl.store(out_scale_ptr + row, scale)
         result = tl.minimum(tl.maximum(result / scale, -448.0), 448.0)
     tl.store(out_ptr + row * width + col, result.to(out_ptr.dtype.element_ty), mask=inside)
@@ -264,11 +265,7 @@ def geglu(
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
-    if (
-        tuple(tensor.shape) != shape
-        or not tensor.is_contiguous()
-        or (dtype is not None and tensor.dtype != dtype)
-    ):
+    if tuple(tensor.shape) != shape or not tensor.is_contiguous() or (dtype is not None and tensor.dtype != dtype):
         got = (tuple(tensor.shape), tensor.dtype, "contiguous" if tensor.is_contiguous() else "strided")
         raise InputError.at("kernel", name, got, f"contiguous {list(shape)}" + (f" {dtype}" if dtype else ""))
 
@@ -291,7 +288,8 @@ def _quantise_rows_kernel(x_ptr, out_ptr, scale_ptr, width, BLOCK: tl.constexpr,
     x = tl.load(x_ptr + row * width + col, mask=col < width, other=0.0).to(tl.float32)
     scale = tl.max(tl.abs(x), 0) / 448.0
     scale = tl.where(scale == 0.0, 1.0, scale)
-    scale = tl.where(tl.sum(tl.where(x == x, 0, 1), 0) > 0, float("nan"), scale)
+    bad = tl.sum((x != x).to(tl.int32), 0) > 0  # noqa: PLR0124 (NaN)
+    scale = tl.where(bad, float("nan"), scale)
     tl.store(scale_ptr + row, scale)
     x = tl.minimum(tl.maximum(x / scale, -448.0), 448.0)
     tl.store(out_ptr + row * width + col, x.to(out_ptr.dtype.element_ty), mask=col < width)

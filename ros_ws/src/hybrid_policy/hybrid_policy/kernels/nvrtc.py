@@ -49,9 +49,7 @@ def compile_cubin(source: str, name: str, arch: str, macros: tuple[tuple[str, in
     """
     lib = _nvrtc()
     program = ctypes.c_void_p()
-    _nvrtc_check(
-        lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None), "create"
-    )
+    _nvrtc_check(lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None), "create")
     options = [f"--gpu-architecture={arch}", "-std=c++17", *(f"-D{key}={value}" for key, value in macros)]
     array = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
     if lib.nvrtcCompileProgram(program, len(options), array) != 0:

@@ -122,9 +122,7 @@ def rope_split(
     rows, heads, head_dim = q.shape
     kv_heads = k_cache.shape[1]
     if tuple(qkv.shape) != (rows, (heads + 2 * kv_heads) * head_dim) or not qkv.is_contiguous():
-        raise InputError.at(
-            "rope_split", "qkv", tuple(qkv.shape), f"[{rows}, {(heads + 2 * kv_heads) * head_dim}]"
-        )
+        raise InputError.at("rope_split", "qkv", tuple(qkv.shape), f"[{rows}, {(heads + 2 * kv_heads) * head_dim}]")
     half = head_dim // 2
     _rope_split_kernel[(rows,)](
         qkv, q, k_cache, v_cache, *tables, start, row_scale,
@@ -141,7 +139,7 @@ def interleave_halves(weight: Tensor, head_dim: int) -> Tensor:
 
 @triton.jit
 def prefetch_l2(address):
-    # One 128-byte line a lane into L2; the result is a dummy.
+    """One 128-byte line a lane into L2; the result is a dummy."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address.to(tl.int64)],
         dtype=tl.int32, is_pure=False, pack=1,
@@ -163,12 +161,7 @@ def _fused_qkv_kernel(
         # This tile's weights do not depend on the predecessor: bring them to L2 while it still runs.
         line = tl.arange(0, BLOCK_N * BLOCK_K // LINE)
         for k0 in tl.static_range(0, K, BLOCK_K):
-            where = (
-                w_ptr
-                + (tile * BLOCK_N + line // (BLOCK_K // LINE)) * K
-                + k0
-                + line % (BLOCK_K // LINE) * LINE
-            )
+            where = w_ptr + (tile * BLOCK_N + line // (BLOCK_K // LINE)) * K + k0 + line % (BLOCK_K // LINE) * LINE
             prefetch_l2(where)
         gdc_wait()
         gdc_launch_dependents()
@@ -179,16 +172,12 @@ def _fused_qkv_kernel(
     squares = tl.zeros([BLOCK_M], tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         k = k0 + kk
-        x = tl.load(
-            x_ptr + m[:, None] * K + k[None, :], mask=(m < rows)[:, None] & (k < K)[None, :], other=0.0
-        )
+        x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=(m < rows)[:, None] & (k < K)[None, :], other=0.0)
         w = tl.load(w_ptr + n[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
         factor = tl.load(factor_ptr + k, mask=k < K, other=0.0).to(tl.float32)
         wide = x.to(tl.float32)
         squares += tl.sum(wide * wide, 1)
-        acc = tl.dot(
-            (wide * factor[None, :]).to(COMPUTE), tl.trans(w.to(COMPUTE)), acc, input_precision=PRECISION
-        )
+        acc = tl.dot((wide * factor[None, :]).to(COMPUTE), tl.trans(w.to(COMPUTE)), acc, input_precision=PRECISION)
     root = tl.rsqrt(squares / K + eps)
     y = acc * root[:, None] * tl.load(w_scale_ptr + n)[None, :] + tl.load(shift_ptr + n)[None, :]
     a, b = tl.split(tl.reshape(y, [BLOCK_M, BLOCK_N // 2, 2]))
@@ -247,13 +236,9 @@ class FusedQKV:
     ) -> None:
         out_features, self.width = weight.shape
         if out_features != (heads + 2 * kv_heads) * head_dim:
-            raise InputError.at(
-                "qkv", "weight.shape", tuple(weight.shape), f"[{(heads + 2 * kv_heads) * head_dim}, K]"
-            )
+            raise InputError.at("qkv", "weight.shape", tuple(weight.shape), f"[{(heads + 2 * kv_heads) * head_dim}, K]")
         self.shape = (heads, kv_heads, head_dim)
-        scale = (
-            torch.ones(out_features, device=weight.device) if weight_scale is None else weight_scale.float()
-        )
+        scale = torch.ones(out_features, device=weight.device) if weight_scale is None else weight_scale.float()
         scale = scale.expand(out_features).contiguous()
         if weight.dtype == torch.float8_e4m3fn:  # rows are moved as bytes
             self.weight = interleave_halves(weight.view(torch.uint8), head_dim).view(torch.float8_e4m3fn)

@@ -59,9 +59,7 @@ class Calibration:
     def input_scales(self, precisions: dict[str, str]) -> dict[str, Tensor]:
         """Static scales of the FP8 sites."""
         return {
-            s: self.statistics[s].input_scale
-            for s, p in precisions.items()
-            if p == "fp8_w8a8" and s in self.statistics
+            s: self.statistics[s].input_scale for s, p in precisions.items() if p == "fp8_w8a8" and s in self.statistics
         }
 
     def importances(self) -> dict[str, Tensor]:
@@ -158,9 +156,7 @@ def made_up_observations(checkpoint: Checkpoint, count: int, seed: int = 0) -> I
         images = {}
         for camera in config.cameras:
             coarse = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-            images[camera] = coarse.repeat(config.image_size // 8 + 1, 0).repeat(
-                config.image_size // 8 + 1, 1
-            )
+            images[camera] = coarse.repeat(config.image_size // 8 + 1, 0).repeat(config.image_size // 8 + 1, 1)
         normalisation = checkpoint.processors.state
         unit = random.uniform(-1, 1, config.state_dim)
         state = unit if normalisation is None else normalisation.unnormalize(unit)

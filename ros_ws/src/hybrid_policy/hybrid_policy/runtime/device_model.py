@@ -68,12 +68,9 @@ class DeviceModel:
         self._clean_rows = rtc.mode == "prefix"
         fused = table.expert != "split"
         if self._clean_rows and fused:
-            raise ValueError(
-                "fused expert stages have one modulation a launch; mode prefix needs expert=split"
-            )
+            raise ValueError("fused expert stages have one modulation a launch; mode prefix needs expert=split")
         self._glue = {
-            name: table.glue(name)
-            for name in ("add_norm", "geglu", "quantise_rows", "rope_split", "flow_step")
+            name: table.glue(name) for name in ("add_norm", "geglu", "quantise_rows", "rope_split", "flow_step")
         }
         self._attention: dict[tuple[int, int], object] = {}
         tokens, width = views * config.image_tokens, config.vision.width
@@ -247,9 +244,7 @@ class DeviceModel:
             h, scale = modulated(layer.qkv)
             q = torch.empty(rows, config.heads, config.head_dim, dtype=self.weights.dtype, device=self.device)
             keys, values = self.keys[i], self.values[i]
-            self._glue["rope_split"](
-                layer.qkv(h), q, keys, values, self.tables, inputs.valid, row_scale=scale
-            )
+            self._glue["rope_split"](layer.qkv(h), q, keys, values, self.tables, inputs.valid, row_scale=scale)
             addend, row_scale = self._attend(q, i, rows, attention, layer, inputs)
             h, scale = modulated(layer.mlp_in)
             addend, row_scale = self._mlp(h, scale, layer)

@@ -143,9 +143,7 @@ def build_weights(
         packed: sites that the checkpoint brings quantised.
     """
     packer = _Packer(source, precisions, packed or {}, dtype, report)
-    vision = [
-        _vision_layer(packer, source, f"{VISION}encoder.layers.{i}.") for i in range(config.vision.depth)
-    ]
+    vision = [_vision_layer(packer, source, f"{VISION}encoder.layers.{i}.") for i in range(config.vision.depth)]
     embeddings = VISION + "embeddings."
     patch = source(embeddings + "patch_embedding.weight").flatten(1).to(dtype)
     position = source(embeddings + "position_embedding.weight").float()
@@ -224,11 +222,7 @@ class _Packer:
         return self.many(site)[0]
 
     def _matched(self, site: str, weight: Packed) -> Packed:
-        return (
-            weight.to(self.dtype)
-            if self._precisions[site] == "bf16" and isinstance(weight, Tensor)
-            else weight
-        )
+        return weight.to(self.dtype) if self._precisions[site] == "bf16" and isinstance(weight, Tensor) else weight
 
     def note(self, part: str, route: str) -> None:
         self.routes[part] = route
@@ -254,9 +248,7 @@ def _vision_layer(packer: _Packer, source: Source, stem: str) -> VisionLayer:
     )
 
 
-def _gemma_layer(
-    packer: _Packer, source: Source, stem: str, config: GemmaConfig, *, last: bool
-) -> GemmaLayer:
+def _gemma_layer(packer: _Packer, source: Source, stem: str, config: GemmaConfig, *, last: bool) -> GemmaLayer:
     attention, mlp = stem + "self_attn.", stem + "mlp."
     plain = stem.startswith(PREFIX)
 
@@ -292,9 +284,7 @@ def _gemma_layer(
     return layer
 
 
-def _fused_layer(
-    packer: _Packer, stem: str, config: GemmaConfig, modulations: Modulations, index: int
-) -> FusedLayer:
+def _fused_layer(packer: _Packer, stem: str, config: GemmaConfig, modulations: Modulations, index: int) -> FusedLayer:
     attention, mlp = stem + "self_attn.", stem + "mlp."
     weights = packer.many(*(attention + leaf for leaf in ("q_proj", "k_proj", "v_proj")))
     if isinstance(weights[0], FP8Tensor):

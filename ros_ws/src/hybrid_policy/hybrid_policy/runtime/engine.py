@@ -43,9 +43,7 @@ def choose_device(device: str) -> torch.device:
     if device == "cpu" or (device.startswith("cuda") and available):
         return torch.device(device)
     if device.startswith("cuda"):
-        raise InputError(
-            f"device: {device!r} given, but torch {torch.__version__} sees no CUDA device; use 'cpu'"
-        )
+        raise InputError(f"device: {device!r} given, but torch {torch.__version__} sees no CUDA device; use 'cpu'")
     raise InputError.at("engine", "device", device, "auto, cpu or cuda")
 
 
@@ -214,9 +212,7 @@ class Engine:
         target = shifted(self._anchored(previous, observation), horizon, width)
         if self._rtc.mode == "prefix":
             return Guidance(target, np.zeros(horizon, np.float32), previous.delay)
-        return Guidance(
-            target, overlap_weights(horizon, previous.delay, previous.consumed, self._rtc.schedule)
-        )
+        return Guidance(target, overlap_weights(horizon, previous.delay, previous.consumed, self._rtc.schedule))
 
     def _anchored(self, previous: Continuation, observation: Observation) -> Continuation:
         """``previous`` as seen from the observation's state, where the checkpoint predicts relative actions."""

@@ -38,15 +38,11 @@ class InputBlob:
     views: cameras at most. float_images: float32 [V, 3, S, S] in [-1, 1] instead of uint8 [V, S, S, 3].
     """
 
-    def __init__(
-        self, config: Pi05Config, views: int, device: torch.device, *, float_images: bool = False
-    ) -> None:
+    def __init__(self, config: Pi05Config, views: int, device: torch.device, *, float_images: bool = False) -> None:
         self._config, self._views = config, views
         size, horizon = config.image_size, config.horizon
         self._max_rows = views * config.image_tokens + config.max_token_len
-        image = (
-            ((views, 3, size, size), torch.float32) if float_images else ((views, size, size, 3), torch.uint8)
-        )
+        image = ((views, 3, size, size), torch.float32) if float_images else ((views, size, size, 3), torch.uint8)
         wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "images": image,
             "tokens": ((config.max_token_len,), torch.int64),
@@ -63,13 +59,16 @@ class InputBlob:
             offset += -(-fields[-1].nbytes // _ALIGN) * _ALIGN
         self._host = torch.zeros(offset, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._device = torch.zeros(offset, dtype=torch.uint8, device=device)
-        self._views_of: dict[str, NDArray[np.generic]] = {
-            f.name: _typed(self._host, f).numpy() for f in fields
-        }
+        self._views_of: dict[str, NDArray[np.generic]] = {f.name: _typed(self._host, f).numpy() for f in fields}
         on_device = {f.name: _typed(self._device, f) for f in fields}
         guide = Guide(on_device["target"], on_device["weights"], on_device["clean"])
         self.inputs = Inputs(
-            *(on_device[name] for name in ("images", "tokens", "rows", "valid", "noise")), guide=guide
+            images=on_device["images"],
+            tokens=on_device["tokens"],
+            rows=on_device["rows"],
+            valid=on_device["valid"],
+            noise=on_device["noise"],
+            guide=guide,
         )
         self._rows = np.zeros(self._max_rows, np.int64)
 

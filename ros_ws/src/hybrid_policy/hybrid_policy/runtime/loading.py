@@ -68,7 +68,7 @@ def load_reference(checkpoint: Checkpoint, recipe: Recipe, rtc: RealTimeChunking
             bar.step(owner.rpartition(".")[2])
 
         def read(site: str) -> torch.Tensor:
-            return model.get_submodule(site).weight.detach()  # type: ignore[union-attr, return-value]
+            return model.get_parameter(site + ".weight").detach()
 
         for site, weight in pack_sites(read, precisions, packed):
             swap_sites(model, [(site, weight)], precisions, scales)
@@ -125,9 +125,7 @@ def load_cuda(
         )
 
 
-def device_precisions(
-    recipe: Recipe, sites: dict[str, tuple[int, int]], device: torch.device
-) -> dict[str, str]:
+def device_precisions(recipe: Recipe, sites: dict[str, tuple[int, int]], device: torch.device) -> dict[str, str]:
     """`Recipe.assign`, and what this device cannot serve refused by name.
 
     Raises:
@@ -164,8 +162,8 @@ def choose_table(
     precisions: dict[str, str],
     device: torch.device,
 ) -> StageTable:
-    """The stages' implementations: the cluster kernels' clusters where device, shapes, precisions and cache allow them, else
-    Triton's fused kernels; split stages where real-time chunking needs a modulation a row.
+    """The stages' implementations: the cluster kernels where device, shapes, precisions and cache allow
+    them, else Triton's fused kernels; split stages where real-time chunking needs a modulation a row.
 
     The variable HYBRID_POLICY_STAGES overrides single stages (see `stages.parse_table`), for comparisons.
     """

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,13 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint directory that is not quantised")
     parser.add_argument("recipe", help="a recipe's name or file")
     parser.add_argument("out", type=Path, help="the new directory")
-    parser.add_argument(
-        "--calibrate", metavar="OBSERVATIONS", help="a folder of .npz observations, or `random`"
-    )
+    parser.add_argument("--calibrate", metavar="OBSERVATIONS", help="a folder of .npz observations, or `random`")
     parser.add_argument("--observations", type=int, default=32, help="how many to use (default 32)")
-    parser.add_argument(
-        "--static", action="store_true", help="static FP8 activation scales; needs --calibrate"
-    )
+    parser.add_argument("--static", action="store_true", help="static FP8 activation scales; needs --calibrate")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda: where the scale search runs")
     parser.add_argument("--tokenizer", help="a tokenizer file, where the checkpoint has none")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -81,9 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
         def packed() -> object:
             for site, weight in pack_sites(read, precisions, None, importance):
-                digests[site] = {
-                    k: _digest(v) for k, v in site_tensors(site, weight, scales.get(site)).items()
-                }
+                digests[site] = {k: _digest(v) for k, v in site_tensors(site, weight, scales.get(site)).items()}
                 bar.step(site.rpartition(".")[2])
                 yield site, weight
 
@@ -140,7 +135,7 @@ def _summary(
     checkpoint: Checkpoint,
     precisions: dict[str, str],
     calibration: Calibration | None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     def size(directory: Path) -> int:
         return sum(f.stat().st_size for f in directory.glob("model*.safetensors"))
 

@@ -53,20 +53,14 @@ def quantised_sites(directory: Path) -> dict[str, str]:
         return {}
     table = read_json(path).get("quantization")
     layers = table.get("quantized_layers") if isinstance(table, dict) else None
-    if (
-        not isinstance(table, dict)
-        or table.get("quant_algo") != "MIXED_PRECISION"
-        or not isinstance(layers, dict)
-    ):
+    if not isinstance(table, dict) or table.get("quant_algo") != "MIXED_PRECISION" or not isinstance(layers, dict):
         raise InputError.at(path, "quantization", table, "quant_algo MIXED_PRECISION with quantized_layers")
     precisions = {algorithm: precision for precision, (algorithm, _) in ALGORITHMS.items()}
     found = {}
     for site, entry in layers.items():
         algorithm = entry.get("quant_algo") if isinstance(entry, dict) else None
         if algorithm not in precisions:
-            raise InputError.at(
-                path, f"quantized_layers[{site!r}].quant_algo", algorithm, ", ".join(precisions)
-            )
+            raise InputError.at(path, f"quantized_layers[{site!r}].quant_algo", algorithm, ", ".join(precisions))
         found[canonical(site)] = precisions[algorithm]
     return found
 
@@ -105,9 +99,7 @@ def read_packed(
         weight, scale, *rest = (store.read(names[f"{site}.{leaf}"]).to(device, copy=True) for leaf in wanted)
         try:
             if precision == "fp8_w8a8":
-                packed[site] = fp8.FP8Tensor(
-                    weight, scale.float().reshape(scale.shape if scale.ndim == 1 else ())
-                )
+                packed[site] = fp8.FP8Tensor(weight, scale.float().reshape(scale.shape if scale.ndim == 1 else ()))
             else:
                 packed[site] = nvfp4.NVFP4Tensor(weight, scale, rest[0].float().reshape(()))
         except InputError as error:
@@ -188,9 +180,7 @@ def write_quantised(
 def _companions(directory: Path) -> Iterator[Path]:
     """Configuration, statistics and tokenizer of a checkpoint: everything but the weights and golden cases."""
     for entry in sorted(directory.rglob("*")):
-        weights = entry.name.startswith("model") and entry.name.endswith(
-            (".safetensors", ".safetensors.index.json")
-        )
+        weights = entry.name.startswith("model") and entry.name.endswith((".safetensors", ".safetensors.index.json"))
         if entry.is_file() and not weights and entry.name not in (CONFIG, RECIPE, "golden.safetensors"):
             yield entry
 

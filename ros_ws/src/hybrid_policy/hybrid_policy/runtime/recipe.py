@@ -110,9 +110,7 @@ class Recipe:
                     )
         for site, (out_features, in_features) in sites.items():
             if site not in chosen:
-                problems.append(
-                    f"{self.source}: sites: no pattern matches {site}, expected a precision for each site"
-                )
+                problems.append(f"{self.source}: sites: no pattern matches {site}, expected a precision for each site")
                 continue
             rule = chosen[site]
             multiple = PRECISIONS[rule.precision]

@@ -76,10 +76,11 @@ class ReferenceBackend:
     ) -> None:
         """Euler steps on ``x`` [1, H, A] in place; see `runtime.rtc` for the guided step."""
         n = len(self._times)
-        for t, strength, modulation in zip(self._times, self._strengths, self._steps, strict=True):
+        for t, strength, step in zip(self._times, self._strengths, self._steps, strict=True):
+            modulation = step
             if clean is not None and target is not None:
                 torch.where(clean, target, x[0], out=x[0])
-                modulation = torch.where(clean, self._given[:, None], modulation[:, None])[:, None]
+                modulation = torch.where(clean, self._given[:, None], step[:, None])[:, None]
             v = self._model.velocity(x, None, cache, modulation)  # type: ignore[arg-type]
             if target is not None and weights is not None and strength:
                 v = v - strength * weights * (target - (x - t * v))

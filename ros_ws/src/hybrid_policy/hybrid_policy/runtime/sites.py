@@ -135,9 +135,7 @@ class ReferenceSite(nn.Module):
     input_scale: a static FP8 activation scale, from calibration; dynamic where None.
     """
 
-    def __init__(
-        self, weight: Packed, precision: str, bias: Tensor | None, input_scale: Tensor | None = None
-    ) -> None:
+    def __init__(self, weight: Packed, precision: str, bias: Tensor | None, input_scale: Tensor | None = None) -> None:
         super().__init__()
         self.precision = precision
         self.register_buffer("weight", dense(weight), persistent=False)

@@ -27,7 +27,7 @@ STAGES = (*GLUE, "attention", "expert")
 
 @dataclass(frozen=True)
 class StageTable:
-    """stage -> implementation. ``expert`` is ``cluster`` (kernels/expert.py), ``fused`` (Triton, one launch a projection) or
+    """stage -> implementation. ``expert`` is ``cluster`` (kernels/expert.py), ``fused`` (Triton) or
     ``split`` (norm, GEMM, glue).
 
     pdl: kernels may start before their predecessor ends (programmatic dependent launch).
@@ -92,8 +92,6 @@ def parse_table(text: str) -> StageTable:
             else ("reference", "kernel")
         )
         if name not in (*STAGES, "pdl") or value not in allowed:
-            raise InputError.at(
-                "stages", name, value, f"{', '.join(STAGES)} or pdl, with {' or '.join(allowed)}"
-            )
+            raise InputError.at("stages", name, value, f"{', '.join(STAGES)} or pdl, with {' or '.join(allowed)}")
         changes[name] = value == "on" if name == "pdl" else value
     return StageTable(**changes)

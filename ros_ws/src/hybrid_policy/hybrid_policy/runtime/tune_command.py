@@ -32,17 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     parser.add_argument("checkpoint", type=Path, help="a checkpoint directory that is not quantised")
     parser.add_argument("out", type=Path, help="the recipe to write")
-    parser.add_argument(
-        "--bound", type=float, default=0.1, help="largest relative action error (default 0.1)"
-    )
+    parser.add_argument("--bound", type=float, default=0.1, help="largest relative action error (default 0.1)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--tokens", type=int, help="prompt tokens to tune for (default: the longest)")
-    parser.add_argument(
-        "--calibrate", metavar="OBSERVATIONS", help="a folder of .npz observations (default: made up)"
-    )
-    parser.add_argument(
-        "--observations", type=int, default=4, help="how many to judge the action by (default 4)"
-    )
+    parser.add_argument("--calibrate", metavar="OBSERVATIONS", help="a folder of .npz observations (default: made up)")
+    parser.add_argument("--observations", type=int, default=4, help="how many to judge the action by (default 4)")
     parser.add_argument("--tokenizer", help="a tokenizer file, where the checkpoint has none")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
 
@@ -85,9 +79,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _probe(
-    args: argparse.Namespace, checkpoint: Checkpoint, groups: list[Group], device: torch.device
-) -> ActionProbe:
+def _probe(args: argparse.Namespace, checkpoint: Checkpoint, groups: list[Group], device: torch.device) -> ActionProbe:
     if args.calibrate:
         observations = list(read_observations(Path(args.calibrate), args.observations))
     else:
@@ -95,9 +87,7 @@ def _probe(
     policy = load_checkpoint(checkpoint.directory, torch.float32, device, args.tokenizer)
     random = np.random.default_rng(0)
     shape = (1, policy.config.horizon, policy.config.max_action_dim)
-    cases = [
-        (policy.processors.prepare(o), random.standard_normal(shape, dtype=np.float32)) for o in observations
-    ]
+    cases = [(policy.processors.prepare(o), random.standard_normal(shape, dtype=np.float32)) for o in observations]
 
     def on_device(values: object) -> torch.Tensor:
         return torch.as_tensor(np.asarray(values), device=device)[None]

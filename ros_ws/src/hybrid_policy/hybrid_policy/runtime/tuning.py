@@ -142,10 +142,10 @@ def time_group(group: Group, precision: str, read: Read, device: torch.device, r
     if device.type == "cpu":
         seconds = []
         for _ in range(3):
-            begin = time.perf_counter()
+            clock = time.perf_counter()
             for call in calls:
                 call()
-            seconds.append((time.perf_counter() - begin) / len(calls))
+            seconds.append((time.perf_counter() - clock) / len(calls))
         return float(np.median(seconds)) * group.calls
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
@@ -176,7 +176,7 @@ def _call(group: Group, precision: str, layer: int, read: Read, device: torch.de
     if group.part == "expert" and _cluster_fits(group, packed[0], device):
         return _cluster_call(group, packed, x)
     if group.kind == "mlp.gate_up" and (group.part == "expert" or precision.startswith("nvfp4")):
-        gate_up = prepare_gate_up(*packed, precision)  # type: ignore[arg-type]
+        gate_up = prepare_gate_up(packed[0], packed[1], precision)  # type: ignore[arg-type]
         return lambda: gate_up(x, pdl=True)
     if group.part == "expert" and group.kind != "self_attn.qkv":
         linear = prepare(packed[0], precision)  # type: ignore[arg-type]
@@ -201,7 +201,7 @@ _EPILOGUES = {
 def _cluster_fits(group: Group, weight: Packed, device: torch.device) -> bool:
     """Whether the engine would take the cluster kernels for this launch."""
     properties = torch.cuda.get_device_properties(device)
-    limit = properties.shared_memory_per_block_optin
+    limit = expert.shared_limit(device)
     epilogue, (n, k) = _EPILOGUES[group.kind], group.shape
     plan = expert.plan_gemm(epilogue, expert.format_of(weight), n, k, group.rows, limit)
     return properties.major >= 9 and plan is not None
@@ -225,9 +225,7 @@ def _cluster_call(group: Group, packed: Sequence[Packed], x: Tensor) -> Callable
         other = torch.empty_like(cache)
         start = torch.zeros(1, dtype=torch.int32, device=device)
         tables = rope_tables(group.rows, head_dim, device)
-        return lambda: gemm(
-            x, q, factor=factor, shift=row, caches=(cache, other), tables=tables, start=start
-        )
+        return lambda: gemm(x, q, factor=factor, shift=row, caches=(cache, other), tables=tables, start=start)
     stream = torch.zeros(group.rows, n, dtype=torch.bfloat16, device=device)
     return lambda: gemm(x, stream, gate=row)
 

@@ -39,11 +39,7 @@ def unpacked(flat, n_rows, k_total, bn, cluster, per16, read):
             step, j = divmod(within, 16)
             k8, rest = divmod(j, 8)
             t, e = divmod(rest, 2)
-            unit = (
-                (((tile * cluster + rank) * mtiles + mtile) * (steps // per16) + step // per16) * 32
-                + 4 * g
-                + t
-            )
+            unit = (((tile * cluster + rank) * mtiles + mtile) * (steps // per16) + step // per16) * 32 + 4 * g + t
             out[n, k] = read(units[unit], step % per16, k8, r8, e)
     return out
 
@@ -58,9 +54,7 @@ def test_bf16_order():
     def read(unit, step, k8, r8, e):
         return unit.view(torch.bfloat16)[4 * k8 + 2 * r8 + e].double()
 
-    assert torch.equal(
-        unpacked(expert_packing.pack_bf16(weight, 32, 2), 64, 64, 32, 2, 1, read), weight.double()
-    )
+    assert torch.equal(unpacked(expert_packing.pack_bf16(weight, 32, 2), 64, 64, 32, 2, 1, read), weight.double())
 
 
 def test_e4m3_order_and_decode():
@@ -105,9 +99,7 @@ def test_scale_order():
     for n in range(32):
         for group in range(8):
             mtile, r8, g = n // 16, n % 16 // 8, n % 8
-            assert (
-                flat[0, group // 4, mtile, group % 4, g, r8].double() / 2.0**119 == scales[n, group].double()
-            )
+            assert flat[0, group // 4, mtile, group % 4, g, r8].double() / 2.0**119 == scales[n, group].double()
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -180,9 +172,7 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("fmt", ["bf16", "e4m3", "nvfp4"])
-@pytest.mark.parametrize(
-    ("tokens", "k", "n"), [(50, 2048, 1024), (50, 4096, 1024), (16, 512, 512), (100, 1024, 256)]
-)
+@pytest.mark.parametrize(("tokens", "k", "n"), [(50, 2048, 1024), (50, 4096, 1024), (16, 512, 512), (100, 1024, 256)])
 class TestResidual:
     pytestmark = gpu
 
@@ -212,9 +202,7 @@ class TestGeGlu:
         out = torch.full((tokens, features), float("nan"), device="cuda", dtype=torch.bfloat16)
         product(h, out, factor=factor, shift=product.shift_rows(shift))
         wide = h.double()
-        normed = (
-            wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * factor.double() + shift.double()
-        )
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * factor.double() + shift.double()
         g, u = normed @ dense_of(gate).T, normed @ dense_of(up).T
         assert relative(out, torch.nn.functional.gelu(g, approximate="tanh") * u) < 8e-3
 
@@ -246,9 +234,7 @@ class TestQkv:
             start=start,
         )
         wide = h.double()
-        normed = (
-            wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * factor.double() + shift.double()
-        )
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * factor.double() + shift.double()
         projected = (normed @ torch.cat([dense_of(w) for w in weights]).T).float()
         expected = torch.zeros(tokens, h_count, dim, device="cuda")
         wanted = [torch.zeros(capacity, kv, dim, device="cuda") for _ in range(2)]

@@ -58,9 +58,7 @@ def test_add_norm_reference_is_layer_norm_and_rms_norm():
     x, scale, shift = torch.randn(4, 96), torch.randn(96), torch.randn(96)
     out = poison(4, 96)
     norm.add_norm_reference(x, out, scale, shift=shift, layer_norm=True)
-    torch.testing.assert_close(
-        out, torch.nn.functional.layer_norm(x, (96,), scale, shift, 1e-6), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(out, torch.nn.functional.layer_norm(x, (96,), scale, shift, 1e-6), atol=1e-5, rtol=1e-5)
     norm.add_norm_reference(x, out, scale)
     torch.testing.assert_close(out, torch.nn.functional.rms_norm(x, (96,), scale, 1e-6), atol=1e-5, rtol=1e-5)
 
@@ -115,17 +113,13 @@ def test_rope_reference_is_the_models():
     qkv.rope_split_reference(projected, q, k, v, qkv.rope_tables(9, 32, DEVICE), start)
     rope = rope_table(torch.arange(3, 8)[None], 32)
     torch.testing.assert_close(q, apply_rope(projected[None, :, None, :32], rope)[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        k[3:8], apply_rope(projected[None, :, None, 32:64], rope)[0], atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(k[3:8], apply_rope(projected[None, :, None, 32:64], rope)[0], atol=1e-5, rtol=1e-5)
     assert (k[:3] == 0).all()
     torch.testing.assert_close(v[3:8, 0], projected[:, 64:])
 
 
 @interpreted
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "width"), [(2, 1, 32, 48), (4, 1, 64, 300), (2, 2, 32, 64)]
-)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "width"), [(2, 1, 32, 48), (4, 1, 64, 300), (2, 2, 32, 64)])
 def test_fused_qkv(heads, kv_heads, head_dim, width):
     rows, capacity = 5, 16
     n = (heads + 2 * kv_heads) * head_dim
@@ -222,9 +216,7 @@ def test_flow_step(first, raw):
     weights = flow_step.FlowWeights(
         torch.randn(actions, width) / 9, torch.randn(actions), torch.randn(width, actions), torch.randn(width)
     )
-    guide = flow_step.Guide(
-        torch.randn(rows, actions), torch.rand(rows), torch.tensor([1], dtype=torch.int32)
-    )
+    guide = flow_step.Guide(torch.randn(rows, actions), torch.rand(rows), torch.tensor([1], dtype=torch.int32))
     scale, shift = torch.randn(2, width)
     ours, theirs, out, expected = x.clone(), x.clone(), poison(rows, width), poison(rows, width)
     normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6) * scale + shift

@@ -31,10 +31,7 @@ def no_stack(program):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_attention_compiles(target):
-    for plan, extra in (
-        (attention.plan_attention(400, 1018, 256), 50),
-        (attention.plan_attention(4480, 1018, 256), 0),
-    ):
+    for plan in (attention.plan_attention(400, 1018, 256), attention.plan_attention(4480, 1018, 256)):
         constants = {
             "GROUP": 8, "KV_HEADS": 1, "HEAD_DIM": 256, "PADDED": 256, "BLOCK_M": plan.block_m,
             "BLOCK_N": plan.block_n, "SPLITS": plan.splits, "STAGES": plan.stages, "COMPUTE": tl.bfloat16,
@@ -98,9 +95,7 @@ def test_glue_compiles(target):
     constants = {**flags, "HAS_CLEAN": False, "BLOCK": 2048, "clean_ptr": None}
     no_stack(compiled(norm._add_norm_kernel, types, constants, target, norm.norm_warps(2048)))
     constants = {"BLOCK": 16384, "HAS_ROW": True, "QUANTISE": True, "PDL": True}
-    no_stack(
-        compiled(norm._geglu_kernel, ["*bf16", "*fp8e4nv", "*fp32", "*fp32", "i32"], constants, target, 16)
-    )
+    no_stack(compiled(norm._geglu_kernel, ["*bf16", "*fp8e4nv", "*fp32", "*fp32", "i32"], constants, target, 16))
     constants = {
         "HEADS": 8,
         "KV_HEADS": 1,
@@ -113,6 +108,7 @@ def test_glue_compiles(target):
     }
     types = ["*bf16", "*bf16", "*fp8e4nv", "*fp8e4nv", "*fp32", "*fp32", "*i32", "*fp32"]
     no_stack(compiled(qkv._rope_split_kernel, types, constants, target, 4))
-    constants = {"K": 1024, "A": 32, "BLOCK_A": 32, "BLOCK_K": 256, "FIRST": False, "NORM": True, "PROGRAMS": 50, "PDL": True}
+    constants = {"K": 1024, "A": 32, "BLOCK_A": 32, "BLOCK_K": 256, "FIRST": False, "NORM": True}
+    constants |= {"PROGRAMS": 50, "PDL": True}
     types = ["*bf16", "*fp32", "*bf16"] + ["*fp32"] * 6 + ["*i32", "*fp32", "*fp32"] + ["fp32"] * 4
     no_stack(compiled(flow_step._flow_step_kernel, types, constants, target, 4))

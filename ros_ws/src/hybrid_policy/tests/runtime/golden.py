@@ -12,11 +12,7 @@ CASES = (0, 1, 2)
 
 def golden_case(i: int) -> tuple[ModelInputs, np.ndarray, np.ndarray]:
     """Inputs (float images in [-1, 1]), noise [16, 32] and actions [16, 7] of one case."""
-    held = {
-        k.removeprefix(f"{i}."): v
-        for k, v in load_file(GOLDEN / "golden.safetensors").items()
-        if k[0] == str(i)
-    }
+    held = {k.removeprefix(f"{i}."): v for k, v in load_file(GOLDEN / "golden.safetensors").items() if k[0] == str(i)}
     images = np.stack([held[f"observation.images.cam{c}"][0] for c in range(2)]) * 2 - 1
     count = int(held["observation.language.attention_mask"].sum())
     inputs = ModelInputs(

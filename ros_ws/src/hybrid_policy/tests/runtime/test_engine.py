@@ -53,10 +53,12 @@ def test_golden_by_recipe(recipe, bound):
 
 def test_chunk(engine):
     chunk = engine.infer(observation())
-    assert chunk.actions.shape == (HORIZON, JOINTS) and chunk.actions.dtype == np.float32
+    assert chunk.actions.shape == (HORIZON, JOINTS)
+    assert chunk.actions.dtype == np.float32
     assert chunk.normalised.shape == (HORIZON, engine.spec.max_action_dim)
     assert chunk.stamp == 123
-    assert tuple(chunk.timings) == STAGES and all(v >= 0 for v in chunk.timings.values())
+    assert tuple(chunk.timings) == STAGES
+    assert all(v >= 0 for v in chunk.timings.values())
 
 
 def test_same_noise_same_bits_other_noise_other_chunk(engine):
@@ -70,9 +72,7 @@ def test_absent_camera_counts_for_nothing(engine):
     one = observation(cameras=("base_0_rgb",))
     assert np.isfinite(engine.infer(one).actions).all()
     noise = engine.noise()
-    assert (
-        np.abs(engine.infer(one, noise).normalised - engine.infer(observation(), noise).normalised).max() > 0
-    )
+    assert np.abs(engine.infer(one, noise).normalised - engine.infer(observation(), noise).normalised).max() > 0
 
 
 def test_guidance_draws_the_chunk_to_the_previous_one(checkpoint):
@@ -129,13 +129,12 @@ def test_clean_prefix_agrees_with_the_model(checkpoint):
 
 
 def test_mistakes_are_named(checkpoint, engine):
-    with pytest.raises(InputError, match="sees no CUDA device"):
-        if torch.cuda.is_available():
-            pytest.skip("this machine has a CUDA device")
-        Engine.from_checkpoint(checkpoint, "bf16", "cuda")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="sees no CUDA device"):
+            Engine.from_checkpoint(checkpoint, "bf16", "cuda")
     with pytest.raises(InputError, match="auto, cpu or cuda"):
         Engine.from_checkpoint(checkpoint, "bf16", "tpu")
     with pytest.raises(InputError, match="float32"):
         engine.infer(observation(), np.zeros((3, 2), np.float32))
-    with pytest.raises(InputError, match="expected one of|no such file"):
+    with pytest.raises(InputError, match="no such file"):
         Engine.from_checkpoint(checkpoint, "nonsense", "cpu")

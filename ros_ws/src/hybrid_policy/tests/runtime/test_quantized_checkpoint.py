@@ -81,10 +81,7 @@ def test_packed_bits_are_those_of_direct_packing(source, quantised):
 def test_recipe_without_its_file(quantised, tmp_path):
     (tmp_path / "hf_quant_config.json").write_text((quantised / "hf_quant_config.json").read_text())
     recipe = read_recipe(tmp_path)
-    assert (
-        dict((rule.pattern, rule.precision) for rule in recipe.rules)[LAYER + "mlp.gate_proj"]
-        == "nvfp4_w4a16"
-    )
+    assert dict((rule.pattern, rule.precision) for rule in recipe.rules)[LAYER + "mlp.gate_proj"] == "nvfp4_w4a16"
 
 
 def test_another_recipe_on_a_quantised_checkpoint_is_refused(quantised):

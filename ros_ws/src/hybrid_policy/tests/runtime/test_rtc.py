@@ -20,7 +20,8 @@ def test_weights_follow_equation_5(schedule, delay, consumed):
 
 def test_weights_are_one_then_fall_then_zero():
     w = overlap_weights(16, 4, 6, "exp")
-    assert (w[:4] == 1).all() and (w[10:] == 0).all()
+    assert (w[:4] == 1).all()
+    assert (w[10:] == 0).all()
     assert (np.diff(w[3:11]) < 0).all()
 
 
