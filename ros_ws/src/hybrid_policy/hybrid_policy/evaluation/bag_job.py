@@ -34,6 +34,8 @@ from hybrid_policy.evaluation.survey import Survey, survey
 from hybrid_policy.evaluation.topic_match import match_topics
 from hybrid_policy.models.observation import Policy
 
+#: Recorded commands beyond a limit for more than this share of the time are worth a word.
+_SUSPICIOUS = 0.05
 RESULT, SERIES = "result.json", "series.npz"
 #: (checkpoint, recipe, device, the node's parameters) -> a policy; "module:function", so that a task can name it.
 ENGINE = "hybrid_policy.evaluation.policies:load_engine"
@@ -173,7 +175,7 @@ def _own_joints(
     used, file = found if found is not None else (known, robot)
     if found is not None:
         result["tracking"] = metrics.tracking(used, file)
-        result["recorded"] = {"source": used.actions.source, "messages": len(used.actions)}
+        result["recorded"] = _recorded(used, file)
         result["inputs"] = [metrics.inputs(topic, used.start) for topic in used.topics.values()]
         result["robot_file_sketch"] = sketch(file, used)
         result["notes"] = [line for line in known.notes if not line.startswith(("recorded", known.match.command))]
@@ -263,10 +265,22 @@ def _describe(known: Survey, robot: RobotFile, source: BagSource) -> dict[str, A
         ],
         "joint_names": list(known.joint_names),
         "inputs": [metrics.inputs(topic, known.start) for topic in known.topics.values()],
-        "recorded": {"source": known.actions.source, "messages": len(known.actions)},
+        "recorded": _recorded(known, robot),
         "tracking": metrics.tracking(known, robot),
     }
     return described
+
+
+def _recorded(known: Survey, robot: RobotFile) -> dict[str, Any]:
+    beyond = metrics.beyond_limits(known, robot)
+    for name, share in beyond.items():
+        for kind, value in share.items():
+            if value > _SUSPICIOUS:
+                known.notes.append(
+                    f"recorded actions: {name} is beyond its {kind} limit {value:.0%} of the time: are the robot "
+                    "file's limits and units right?"
+                )
+    return {"source": known.actions.source, "messages": len(known.actions), "beyond_limits": beyond}
 
 
 def _measure(runs: list[RecipeRun], robot: RobotFile, recorded: metrics.Recorded) -> dict[str, Any]:

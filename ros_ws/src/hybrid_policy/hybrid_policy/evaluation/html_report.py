@@ -61,7 +61,8 @@ def _verdict(report: Mapping[str, Any]) -> str:
     elif not verdict["passed"]:
         kind, word = "bad", "Incomplete"
     else:
-        kind, word = ("good", "Passed") if checks else ("plain", "Replayed")
+        done = "Replayed" if report["summary"] else "Read"
+        kind, word = ("good", "Passed") if checks else ("plain", done)
     rows = [
         (
             "<b class=bad>✗</b>" if check["failed"] else "<b class=good>✓</b>",

@@ -21,6 +21,7 @@ from hybrid_policy.evaluation.replay_record import RecipeRun, ReplayedChunk
 from hybrid_policy.evaluation.survey import Survey, TopicSurvey
 
 Array = NDArray[np.float64]
+_MOST_SAMPLES = 200_000
 STAGES = ("preprocess", "vision", "prefix", "denoise", "postprocess", "infer")
 
 
@@ -227,6 +228,27 @@ def tracking(known: Survey, robot: RobotFile) -> dict[str, Any]:
     found = errors((known.joints[:, robot.command_index] - told)[:, None, :], robot.command_names)
     found.pop("horizon", None)
     return found
+
+
+def beyond_limits(known: Survey, robot: RobotFile) -> dict[str, dict[str, float]]:
+    """Shares of the bag's time in which the recorded commands break the robot file's limits, by joint.
+
+    Joint -> position, velocity (0 to 1); only joints that do. Much of it means wrong units or limits.
+    """
+    if not len(known.actions) or known.seconds <= 0.0:
+        return {}
+    count = min(int(known.seconds * 1e9 / robot.period), _MOST_SAMPLES)
+    times = known.start + np.linspace(0.0, known.seconds * 1e9, max(count, 2)).astype(np.int64)
+    told = known.actions.segment(0).sample(times)
+    limits, step = robot.limits, float(times[1] - times[0]) * 1e-9
+    with np.errstate(invalid="ignore"):
+        outside = (told < limits.lower - 1e-6) | (told > limits.upper + 1e-6)
+        fast = np.abs(np.diff(told, axis=0)) / step > limits.velocity * (1 + 1e-6)
+    shares = {
+        name: {"position": float(outside[:, i].mean()), "velocity": float(fast[:, i].mean())}
+        for i, name in enumerate(robot.command_names)
+    }
+    return {name: share for name, share in shares.items() if any(share.values())}
 
 
 def _executed(run: RecipeRun, recorded: Recorded) -> tuple[float, float] | None:

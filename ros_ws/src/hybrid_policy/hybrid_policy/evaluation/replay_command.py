@@ -126,8 +126,7 @@ def run(args: argparse.Namespace) -> int:
         _print(made, recipes, args.output, html=not args.no_html)
     if any(c.failed for c in checks):
         return 1
-    complete = "inputs only" if args.inputs_only else "replayed"
-    return 0 if all(r.get("status") in (complete, "replayed") for r in results) else 2
+    return 0 if all(report.is_complete(r, recipes) for r in results) else 2
 
 
 def _settings(args: argparse.Namespace) -> ReplaySettings:
@@ -156,7 +155,7 @@ def _jobs(args: argparse.Namespace, robot: Path, recipes: tuple[str, ...], setti
     names: dict[str, int] = {}
     jobs = []
     for bag in find_bags(args.bags):
-        stem = bag.name.split(".")[0] or "bag"
+        stem = bag.name.removesuffix("".join(bag.suffixes)) if bag.is_file() else bag.name
         names[stem] = names.get(stem, 0) + 1
         name = stem if names[stem] == 1 else f"{stem}_{names[stem]}"
         jobs.append(
@@ -226,7 +225,7 @@ def _line(result: Mapping[str, Any]) -> str:
     if result.get("status") == "replayed":
         chunks = next(iter(result["recipes"].values()))["chunks"]
         return f"{result['name']}: replayed, {result['seconds']:.1f} s, {chunks} chunks a recipe"
-    return f"{result['name']}: {result['status']}: {'; '.join(result['lacks'])}"
+    return f"{result['name']}: {result['status']}: {'; '.join(result['lacks']) or 'lacks nothing'}"
 
 
 def _print(made: Mapping[str, Any], recipes: Sequence[str], output: Path, html: bool) -> None:

@@ -42,6 +42,10 @@ FORM: dict[str, tuple[str, str]] = {
         "an input: rate, gaps, refused messages, lag between stamp and recording (s)",
     ),
     "bags[].recorded.source": ("string", "the topic of the recorded actions, or what stands in for them"),
+    "bags[].recorded.beyond_limits": (
+        "object",
+        "joint -> share of the time that its commands break its limits",
+    ),
     "bags[].tracking": ("object", "joint positions against recorded commands: mse, mae, max, by joint"),
     "bags[].recipes.<recipe>.against_recorded": ("object", "mse, mae, max, joints, horizon, cosines, skill"),
     "bags[].recipes.<recipe>.against_first": (
@@ -78,7 +82,7 @@ def build(
     return {
         "schema": SCHEMA,
         "verdict": {
-            "passed": not any(c.failed for c in checks) and all(b.get("status") == "replayed" for b in bags),
+            "passed": not any(c.failed for c in checks) and all(is_complete(b, recipes) for b in bags),
             "line": verdict(bags, recipes, checks, figures),
             "checks": [asdict(c) for c in checks if not c.figure.startswith("latency")],
         },
@@ -95,6 +99,11 @@ def build(
     }
 
 
+def is_complete(bag: Mapping[str, Any], recipes: Sequence[str]) -> bool:
+    """Whether all that was asked for was done: every recipe replayed, or, without recipes, the bag read."""
+    return bag.get("status") == "replayed" if recipes else bag.get("status") != "failed"
+
+
 def verdict(
     bags: Sequence[Mapping[str, Any]],
     recipes: Sequence[str],
@@ -103,13 +112,13 @@ def verdict(
 ) -> str:
     """One sentence: what failed, else what was found."""
     failed = [c for c in checks if c.failed]
-    absent = [b for b in bags if b.get("status") != "replayed"]
+    absent = [b for b in bags if not is_complete(b, recipes)]
     if failed:
         return failed[0].line.removeprefix("FAILED: ") + (f" (and {len(failed) - 1} more)" if len(failed) > 1 else "")
     if absent:
         reasons = absent[0].get("lacks") or ["no reason known"]
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-        count = f"{len(absent)} of {len(bags)} bags could not be replayed"
+        count = f"{len(absent)} of {len(bags)} bags could not be {'replayed' if recipes else 'read'}"
         return f"{count}; {absent[0]['name']}: {reasons[0]}{more}"
     parts = [f"all {len(checks)} conditions kept"] if checks else []
     for recipe in recipes[1:]:
@@ -122,6 +131,9 @@ def verdict(
     first = figures[recipes[0]] if recipes else {}
     if first.get("recorded_mae") is not None:
         parts.append(f"{recipes[0]} is {first['recorded_mae']:.3g} rad from the recorded actions")
+    if not recipes:
+        lacking = sum(bool(bag["lacks"]) for bag in bags)
+        return f"{len(bags)} bags looked at, {lacking} of them lack something that this robot's policy would need"
     return "; ".join(parts) or "replayed; nothing was recorded to compare with"
 
 

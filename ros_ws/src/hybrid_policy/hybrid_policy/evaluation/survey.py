@@ -120,9 +120,9 @@ def survey(source: BagSource, robot: RobotFile, match: TopicMatch) -> Survey:
     for message in source.messages(match.used or list(source.topics)):
         state.take(message)
     if not state.count:
-        raise InputError(
-            f"{source.path}: no message on any topic that counts (topics: {', '.join(sorted(source.topics)) or 'none'})"
-        )
+        found = ", ".join(sorted(source.topics)) or "none"
+        why = "".join(f"\n{line}" for line in source.problems)
+        raise InputError(f"{source.path}: no message on any topic that counts (topics: {found}){why}")
     return state.finish(lacks, notes)
 
 

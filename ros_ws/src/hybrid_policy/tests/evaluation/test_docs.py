@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from hybrid_policy.evaluation import convert_command, replay_command
 from hybrid_policy.evaluation.report import fill_tables
 

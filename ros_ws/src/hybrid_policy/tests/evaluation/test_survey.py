@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.errors import InputError
+from hybrid_policy.evaluation import metrics
 from hybrid_policy.evaluation.bag import open_bag
 from hybrid_policy.evaluation.bag_writer import BagWriter
 from hybrid_policy.evaluation.own_joints import by_own_names, sketch
@@ -160,6 +161,39 @@ def test_a_clock_that_is_set_back_is_found(tmp_path, toy):
     at = np.array([T0 + 400_000_000], dtype=np.int64)  # both parts have this moment, with different positions
     assert first.sample(at)[0, 0] == pytest.approx(0.8)
     assert second.sample(at)[0, 0] == pytest.approx(3.2, abs=0.01)
+
+
+def test_commands_in_degrees_are_noticed(tmp_path, toy):
+    with BagWriter(tmp_path / "bag") as writer:
+        for k in range(60):
+            t = T0 + k * 50_000_000
+            state = writer.joint_state(t, ["a", "b"], np.zeros(2))
+            writer.write("/joint_states", "sensor_msgs/msg/JointState", state, t)
+            told = writer.trajectory(0, ["a", "b"], np.array([[90.0 if k < 30 else 0.0, 0.0]]), np.array([1]))
+            writer.write("/controller/joint_trajectory", "trajectory_msgs/msg/JointTrajectory", told, t)
+    found = metrics.beyond_limits(look(tmp_path / "bag", toy), toy)
+    assert set(found) == {"a"}
+    assert found["a"]["position"] == pytest.approx(0.5, abs=0.05)
+    assert 0.0 < found["a"]["velocity"] < 0.1
+
+
+def test_an_mcap_of_other_encodings_says_so(tmp_path, toy):
+    """As Foxglove's own tools write them: no ROS 2 profile, JSON in the messages."""
+    import struct
+
+    def text(value: str) -> bytes:
+        return struct.pack("<I", len(value)) + value.encode()
+
+    def record(kind: int, body: bytes) -> bytes:
+        return struct.pack("<BQ", kind, len(body)) + body
+
+    raw = b"\x89MCAP0\r\n" + record(1, text("") + text("x"))
+    raw += record(3, struct.pack("<H", 1) + text("Thing") + text("jsonschema") + text("{}"))
+    raw += record(4, struct.pack("<HH", 0, 1) + text("/thing") + text("json") + text(""))
+    raw += record(5, struct.pack("<HIQQ", 0, 0, T0, T0) + b"{}")
+    (tmp_path / "x.mcap").write_bytes(raw + record(15, b"\0\0\0\0"))
+    with pytest.raises(InputError, match="topic /thing is encoded as 'json', expected cdr"):
+        look(tmp_path / "x.mcap", toy)
 
 
 def test_an_empty_bag_says_so(tmp_path, toy):
