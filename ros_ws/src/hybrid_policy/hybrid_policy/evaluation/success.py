@@ -49,7 +49,11 @@ def summarise(results: Sequence[EpisodeResult]) -> dict[str, Any]:
     def middle(values: list[float]) -> dict[str, float] | None:
         if not values:
             return None
-        return {"median": float(np.median(values)), "p95": float(np.percentile(values, 95))}
+        return {
+            "median": float(np.median(values)),
+            "p95": float(np.percentile(values, 95)),
+            "max": max(values),
+        }
 
     return {
         **_share(len(won), len(results)),
