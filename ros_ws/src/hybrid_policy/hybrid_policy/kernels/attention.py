@@ -53,7 +53,7 @@ def plan_attention(rows: int, keys: int, head_dim: int, processors: int = 132) -
     shorter than 64 keys: below that the partial results cost more than the keys.
     """
     if rows >= 1024:
-        return AttentionPlan(64, 32, 1, 4, 3)
+        return AttentionPlan(64, 64, 1, 8 if head_dim > 128 else 4, 2)
     blocks = triton.cdiv(rows, 16)
     splits = max(1, min(processors // blocks, triton.cdiv(keys, 64), 16))
     return AttentionPlan(16, 64, splits, 4, 2)
