@@ -1,12 +1,13 @@
 """GeGLU's first half: ``gelu_tanh(x Wg^T) * (x Wu^T)``, both products in one pass over x.
 
-With a norm prologue the input is the raw residual stream and (ada)RMS norm costs no kernel of its own::
+The norm before it may be given too (NormPrologue). Where the linear before leaves its squares (NormOutput) the norm
+costs no kernel of its own::
 
-    x_hat = x * rsqrt(mean(x^2) + eps)
-    y     = W (x_hat * (1 + s) + shift) = rsqrt(...) * W (x * (1 + s)) + W shift
+    x_hat = h * rsqrt(mean(h^2) + eps)
+    y     = W (x_hat * (1 + s) + shift) = rsqrt(...) * W (h * (1 + s)) + W shift
 
-so the kernel multiplies x by the column factor (1 + s) as it loads it, sums x^2 beside the product, and applies
-the row factor and the additive row W shift (computed once, at load, for each flow step) in its epilogue.
+the linear before writes h * (1 + s) and sums of h^2, this kernel applies the row factor and the additive row W shift
+(computed once, at load, for each flow step) in its epilogue.
 """
 
 from __future__ import annotations
@@ -133,25 +134,17 @@ class PackedGateUp(torch.nn.Module, ABC):
         expected = torch.bfloat16 if out_scale is None else torch.float8_e4m3fn
         if out is not None:
             if tuple(out.shape) != (x.shape[0], self.features) or not out.is_contiguous():
-                raise InputError.at(
-                    "gate_up", "out", describe(out), f"contiguous ({x.shape[0]}, {self.features})"
-                )
+                raise InputError.at("gate_up", "out", describe(out), f"contiguous ({x.shape[0]}, {self.features})")
             if out.dtype != expected:
                 raise InputError.at("gate_up", "out.dtype", out.dtype, f"{expected} (out_scale decides)")
         if norm is None:
             return
         if (norm.factor is None) == (norm.squares is None):
-            raise InputError.at(
-                "gate_up", "norm.factor, norm.squares", "both or neither given", "one of them"
-            )
+            raise InputError.at("gate_up", "norm.factor, norm.squares", "both or neither given", "one of them")
         if norm.squares is not None and (norm.squares.ndim != 2 or norm.squares.shape[1] != x.shape[0]):
-            raise InputError.at(
-                "gate_up", "norm.squares", describe(norm.squares), f"float32 [T, {x.shape[0]}]"
-            )
+            raise InputError.at("gate_up", "norm.squares", describe(norm.squares), f"float32 [T, {x.shape[0]}]")
         factor = norm.factor
-        if factor is not None and (
-            tuple(factor.shape) != (self.in_features,) or factor.dtype != torch.bfloat16
-        ):
+        if factor is not None and (tuple(factor.shape) != (self.in_features,) or factor.dtype != torch.bfloat16):
             raise InputError.at("gate_up", "norm.factor", describe(factor), f"bf16 ({self.in_features},)")
         if (norm.gate_shift is None) != (norm.up_shift is None):
             raise InputError.at("gate_up", "norm", "one shift row of two", "both or none")
@@ -184,9 +177,7 @@ def geglu_reference(
         if norm.gate_shift is not None and norm.up_shift is not None:
             shifts = (norm.gate_shift.to(gate.dtype), norm.up_shift.to(gate.dtype))
     wide = (
-        rounded_activation(wide.float(), precision).to(gate.dtype)
-        if "a8" in precision or "a4" in precision
-        else wide
+        rounded_activation(wide.float(), precision).to(gate.dtype) if "a8" in precision or "a4" in precision else wide
     )
     g = (wide @ gate.T) * row + shifts[0]
     u = (wide @ up.T) * row + shifts[1]
@@ -243,9 +234,11 @@ def prepare_gate_up(
         implementation = "kernel" if device_of(gate).type == "cuda" else "reference"
     if implementation == "reference":
         return ReferenceGateUp(gate, up, precision)
+    from hybrid_policy.kernels.capability import require
     from hybrid_policy.kernels.stream_layers import StreamGateUp
     from hybrid_policy.kernels.w4a4 import W4A4GateUp
 
+    require(precision, device_of(gate))
     if precision == "nvfp4_w4a4":
         return W4A4GateUp(gate, up)
     return StreamGateUp(gate, up, precision)

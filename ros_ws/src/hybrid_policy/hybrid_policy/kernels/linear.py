@@ -231,9 +231,7 @@ def quantized(weight: Weight, precision: Precision, importance: torch.Tensor | N
     if isinstance(weight, wanted):
         return weight.to(torch.bfloat16) if isinstance(weight, torch.Tensor) else weight
     if not isinstance(weight, torch.Tensor):
-        raise InputError.at(
-            "linear.prepare", "weight", type(weight).__name__, f"a tensor or a {wanted.__name__}"
-        )
+        raise InputError.at("linear.prepare", "weight", type(weight).__name__, f"a tensor or a {wanted.__name__}")
     if precision == "fp8_w8a8":
         return fp8.quantize(weight)
     return nvfp4.quantize(weight, importance=importance)
@@ -293,4 +291,7 @@ def prepare(
         logger.debug("%s %s on %s: %s", precision, tuple(weight.shape), device, implementation)
     if implementation == "reference":
         return ReferenceLinear(weight, precision, bias)
+    from hybrid_policy.kernels.capability import require
+
+    require(precision, device)
     return kernel_table()[precision](weight, bias)

@@ -127,7 +127,6 @@ class StreamWeight(torch.nn.Module):
         gate: torch.Tensor | None = None,
         x_scale: torch.Tensor | None = None,
         out_scale: torch.Tensor | None = None,
-        factor: torch.Tensor | None = None,
         gate_shift: torch.Tensor | None = None,
         up_shift: torch.Tensor | None = None,
         norm_out: NormOutput | None = None,
@@ -145,7 +144,7 @@ class StreamWeight(torch.nn.Module):
         x_operand, x2_operand, weight, scales = self.operands(x, tile, exact)
         stream_gemm[(tile.programs(m, self.n),)](
             x_operand, x2_operand, weight, scales, self.row_scale, x_scale, out, bias, residual, gate, out_scale,
-            factor, gate_shift, up_shift, norm_factor, scaled, squares, partial, counter, self.weight, self.scales, m, eps,
+            gate_shift, up_shift, norm_factor, scaled, squares, partial, counter, self.weight, self.scales, m, eps,
             **constants(self.fmt, self.n, self.k, tile, geglu=geglu, pdl=pdl, exact=exact), TILES=read_tiles,
             X_ROWS=x_scale is not None and x_scale.numel() > 1,
             num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
@@ -161,7 +160,7 @@ def constants(fmt: Format, n: int, k: int, tile: Tile, *, geglu: bool, pdl: bool
     prefetch = 0 if ragged or lines < 64 else min(tile.prefetch, 1 << (lines.bit_length() - 1))
     return {
         "N": n, "K": k, "FORMAT": fmt, "GEGLU": geglu, "BM": tile.bm, "BM2": tile.bm2, "BN": tile.bn, "BK": tile.bk,
-        "TMA_X": tile.tma_x, "TMA_W": tile.tma_w, "ROTATE": tile.rotate, "TRIGGER": tile.trigger, "SPLIT": tile.split, "SWAP": tile.swap, "STAGES": 1 if exact else tile.stages, "PREFETCH": prefetch,
+        "TMA_X": tile.tma_x, "TMA_W": tile.tma_w, "TRIGGER": tile.trigger, "SPLIT": tile.split, "SWAP": tile.swap, "STAGES": 1 if exact else tile.stages, "PREFETCH": prefetch,
         "PDL": pdl, "EXACT": exact,
     }  # fmt: skip
 

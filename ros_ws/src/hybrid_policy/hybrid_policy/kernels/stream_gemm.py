@@ -19,97 +19,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hybrid_policy.kernels.decode import fp8_group, gelu_tanh, load_acquire, nvfp4_tile, prefetch_lines, round_e4m3
-
-
-@triton.jit
-def _load_x(
-    x_ptr,
-    first,
-    k0,
-    M,
-    K: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    TMA: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """x[first : first + BM, k0 : k0 + BK], zeros beyond [M, K]."""
-    if TMA:
-        x = x_ptr.load([first, k0])
-    else:
-        m = first + tl.arange(0, BM)
-        k = k0 + tl.arange(0, BK)
-        mask = (m < M)[:, None]
-        if not EVEN_K:
-            mask = mask & (k < K)[None, :]
-        x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=mask, other=0.0)
-    if EXACT:
-        x = x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def _load_rows(
-    w_ptr,
-    first,
-    k0,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Row-major weights [BN, BK] of rows ``first``... and columns ``k0``..., zeros beyond [N, K]."""
-    n = first + tl.arange(0, BN)
-    k = k0 + tl.arange(0, BK)
-    if TMA:
-        w = w_ptr.load([first, k0])
-    elif N % BN == 0 and EVEN_K:
-        w = tl.load(w_ptr + n[:, None] * K + k[None, :])
-    else:
-        w = tl.load(w_ptr + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
-    return w
-
-
-@triton.jit
-def _load_nvfp4(
-    w_ptr,
-    scale_ptr,
-    first,
-    k0,
-    ROWS: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """(words int32 [BN, BK/8], scales uint8 [BN, BK/16]) of rows ``first``... and columns ``k0``..."""
-    if TMA:
-        tl.static_assert(BK == 256)
-        at = k0 // 256 * ROWS + first
-        words = w_ptr.load([at, 0])
-        scales = scale_ptr.load([at, 0])
-    else:
-        n = first + tl.arange(0, BN)
-        k8 = k0 // 8 + tl.arange(0, BK // 8)
-        k16 = k0 // 16 + tl.arange(0, BK // 16)
-        words = tl.load(w_ptr + n[:, None] * 32 + ((k8 // 32) * (ROWS * 32) + k8 % 32)[None, :])
-        scales = tl.load(scale_ptr + n[:, None] * 16 + ((k16 // 16) * (ROWS * 16) + k16 % 16)[None, :])
-    return words, scales
-
-
-@triton.jit
-def _norm_x(x, squares, factor, BM: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr):
-    """(x * factor, running sums of x^2 [BM, BK/8]); eight neighbours lie in one thread, so they are added first."""
-    wide = x.to(tl.float32)
-    squares += tl.sum((wide * wide).reshape(BM, BK // 8, 8), axis=2)
-    wide = wide * factor.to(tl.float32)[None, :]
-    if EXACT:
-        return wide, squares
-    else:
-        return wide.to(tl.bfloat16), squares
+from hybrid_policy.kernels.decode import fp8_group, gelu_tanh, load_acquire, nvfp4_tile, round_e4m3
+from hybrid_policy.kernels.stream_loads import load_nvfp4, load_rows, load_x, prefetch_weights
 
 
 @triton.jit
@@ -151,7 +62,6 @@ def _product_fp8(x, w, acc, SWAP: tl.constexpr, X_FP8: tl.constexpr, EXACT: tl.c
 @triton.jit
 def _finish(
     acc,
-    squares,
     m,
     pid_n,
     row_scale_ptr,
@@ -172,7 +82,6 @@ def _finish(
     BM: tl.constexpr,
     BN: tl.constexpr,
     GEGLU: tl.constexpr,
-    NORM: tl.constexpr,
     TILES: tl.constexpr,
     EXACT: tl.constexpr,
 ):
@@ -184,9 +93,6 @@ def _finish(
         tile = tl.arange(0, TILES)
         sums = tl.load(squares_ptr + tile[None, :] * M + m[:, None], mask=(m < M)[:, None], other=1.0)
         acc = acc * tl.rsqrt(tl.sum(sums, axis=1) / K + eps)[:, None]
-    elif NORM:
-        row = tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
-        acc = acc * row[:, None]
     if GEGLU:
         F: tl.constexpr = N // 2
         f = pid_n * (BN // 2) + tl.arange(0, BN // 2)
@@ -235,36 +141,6 @@ def _sum_parts(partial_ptr, plane, m, n, width: tl.constexpr, SPLIT: tl.constexp
 
 
 @triton.jit
-def _prefetch_weights(
-    w_ptr,
-    scale_ptr,
-    pid_n,
-    k_begin,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    KS: tl.constexpr,
-    BN: tl.constexpr,
-    NVFP4: tl.constexpr,
-    BYTES: tl.constexpr,
-    LINES: tl.constexpr,
-):
-    """The first LINES cache lines of this program's weights (all of them if they are fewer)."""
-    line = tl.arange(0, LINES)
-    if NVFP4:
-        slab = k_begin // 256 + line // BN
-        row = pid_n * BN + line % BN
-        prefetch_lines(w_ptr, (slab * N + row) * 128)
-        # Sixteen bytes a row: one line in eight rows.
-        few = tl.arange(0, LINES // 8)
-        slab = k_begin // 256 + few // (BN // 8)
-        prefetch_lines(scale_ptr, (slab * N + pid_n * BN + few % (BN // 8) * 8) * 16)
-    else:
-        per_row: tl.constexpr = KS * BYTES // 128
-        row = pid_n * BN + line // per_row
-        prefetch_lines(w_ptr, (row * K + k_begin) * BYTES + line % per_row * 128)
-
-
-@triton.jit
 def stream_gemm(
     x_ptr,
     x2_ptr,
@@ -277,7 +153,6 @@ def stream_gemm(
     residual_ptr,
     gate_ptr,
     out_scale_ptr,
-    factor_ptr,
     gate_shift_ptr,
     up_shift_ptr,
     norm_factor_ptr,
@@ -302,7 +177,6 @@ def stream_gemm(
     STAGES: tl.constexpr,
     TMA_X: tl.constexpr,
     TMA_W: tl.constexpr,
-    ROTATE: tl.constexpr,
     X_ROWS: tl.constexpr,
     TILES: tl.constexpr,
     TRIGGER: tl.constexpr,
@@ -314,7 +188,6 @@ def stream_gemm(
 
     N counts weight rows (gate and up by eights, see packing.py, when GEGLU); NVFP4 slabs are padded to a multiple of 128 rows.
     """
-    NORM: tl.constexpr = factor_ptr is not None
     X_FP8: tl.constexpr = x_scale_ptr is not None
     NVFP4: tl.constexpr = FORMAT == "nvfp4"
     KS: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK) * BK
@@ -332,16 +205,14 @@ def stream_gemm(
     if PDL:
         if PREFETCH > 0:
             if NVFP4:
-                _prefetch_weights(
-                    prefetch_ptr, prefetch_scale_ptr, pid_n, k_begin, ROWS, K, KS, BN, True, 0, PREFETCH
-                )
+                prefetch_weights(prefetch_ptr, prefetch_scale_ptr, pid_n, k_begin, ROWS, K, KS, BN, True, 0, PREFETCH)
             else:
                 size: tl.constexpr = prefetch_ptr.dtype.element_ty.primitive_bitwidth // 8
-                _prefetch_weights(prefetch_ptr, prefetch_ptr, pid_n, k_begin, N, K, KS, BN, False, size, PREFETCH)
+                prefetch_weights(prefetch_ptr, prefetch_ptr, pid_n, k_begin, N, K, KS, BN, False, size, PREFETCH)
         if TRIGGER == 0:
             gdc_launch_dependents()
         if EARLY:
-            w_early = _load_rows(w_ptr, pid_n * BN, k_begin, N, K, BN, BK, EVEN_K, TMA_W)
+            w_early = load_rows(w_ptr, pid_n * BN, k_begin, N, K, BN, BK, EVEN_K, TMA_W)
         gdc_wait()
     n = pid_n * BN + tl.arange(0, BN)
     first = pid_m * (BM + BM2)
@@ -350,41 +221,24 @@ def stream_gemm(
         acc = tl.zeros((BN, BM), tl.float32)
     else:
         acc = tl.zeros((BM, BN), tl.float32)
-    if NORM:
-        squares = tl.zeros((BM, BK // 8), tl.float32)
-    else:
-        squares = 0.0
     if BM2 > 0:
         tl.static_assert(SWAP)
         m2 = first + BM + tl.arange(0, BM2)
         acc2 = tl.zeros((BN, BM2), tl.float32)
-        if NORM:
-            squares2 = tl.zeros((BM2, BK // 8), tl.float32)
-        else:
-            squares2 = 0.0
     for step in tl.range(0, KS // BK, num_stages=STAGES):
-        if ROTATE:
-            # Each row tile starts elsewhere in K, so that programs do not all ask L2 for the same lines of x at once.
-            k0 = k_begin + (step + pid_n) % (KS // BK) * BK
-        else:
-            k0 = k_begin + step * BK
+        k0 = k_begin + step * BK
         k = k0 + tl.arange(0, BK)
-        x = _load_x(x_ptr, first, k0, M, K, BM, BK, EVEN_K, TMA_X, EXACT)
+        x = load_x(x_ptr, first, k0, M, K, BM, BK, EVEN_K, TMA_X, EXACT)
         if BM2 > 0:
-            x2 = _load_x(x2_ptr, first + BM, k0, M, K, BM2, BK, EVEN_K, TMA_X, EXACT)
-        if NORM:
-            factor = tl.load(factor_ptr + k, mask=k < K, other=0.0)
-            x, squares = _norm_x(x, squares, factor, BM, BK, EXACT)
-            if BM2 > 0:
-                x2, squares2 = _norm_x(x2, squares2, factor, BM2, BK, EXACT)
+            x2 = load_x(x2_ptr, first + BM, k0, M, K, BM2, BK, EVEN_K, TMA_X, EXACT)
         if NVFP4:
-            words, scales = _load_nvfp4(w_ptr, scale_ptr, pid_n * BN, k0, ROWS, BN, BK, TMA_W)
+            words, scales = load_nvfp4(w_ptr, scale_ptr, pid_n * BN, k0, ROWS, BN, BK, TMA_W)
             w = nvfp4_tile(words, scales, BN, BK, EXACT)
         else:
             if EARLY:
                 w = w_early
             else:
-                w = _load_rows(w_ptr, pid_n * BN, k0, N, K, BN, BK, EVEN_K, TMA_W)
+                w = load_rows(w_ptr, pid_n * BN, k0, N, K, BN, BK, EVEN_K, TMA_W)
             if EXACT:
                 w = w.to(tl.float32)
         if FORMAT == "fp8":
@@ -405,7 +259,6 @@ def stream_gemm(
         else:
             acc = acc * tl.load(x_scale_ptr)
     if SPLIT > 1:
-        tl.static_assert(not NORM)
         # The part's tile, row-major [SPLIT, m_tiles * BM, n_tiles * BN].
         width: tl.constexpr = n_tiles * BN
         plane = m_tiles * BM * width
@@ -418,9 +271,9 @@ def stream_gemm(
             if arrived % SPLIT == SPLIT - 1:
                 acc = _sum_parts(partial_ptr, plane, m, n, width, SPLIT)
                 _finish(
-                    acc, squares, m, pid_n, row_scale_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, out_scale_ptr,
+                    acc, m, pid_n, row_scale_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, out_scale_ptr,
                     gate_shift_ptr, up_shift_ptr, norm_factor_ptr, norm_ptr, squares_ptr, M, eps, N, K, BM, BN, GEGLU,
-                    NORM, TILES, EXACT,
+                    TILES, EXACT,
                 )  # fmt: skip
         else:
             # Each part waits for the others and finishes its share of the rows. The counter only ever grows (and may
@@ -435,19 +288,19 @@ def stream_gemm(
             mine = first + part * SHARE + tl.arange(0, SHARE)
             acc = _sum_parts(partial_ptr, plane, mine, n, width, SPLIT)
             _finish(
-                acc, squares, mine, pid_n, row_scale_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, out_scale_ptr,
+                acc, mine, pid_n, row_scale_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, out_scale_ptr,
                 gate_shift_ptr, up_shift_ptr, norm_factor_ptr, norm_ptr, squares_ptr, M, eps, N, K, SHARE, BN, GEGLU,
-                NORM, TILES, EXACT,
+                TILES, EXACT,
             )  # fmt: skip
     else:
         _finish(
-            acc, squares, m, pid_n, row_scale_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, out_scale_ptr,
-            gate_shift_ptr, up_shift_ptr, norm_factor_ptr, norm_ptr, squares_ptr, M, eps, N, K, BM, BN, GEGLU, NORM,
+            acc, m, pid_n, row_scale_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr, out_scale_ptr,
+            gate_shift_ptr, up_shift_ptr, norm_factor_ptr, norm_ptr, squares_ptr, M, eps, N, K, BM, BN, GEGLU,
             TILES, EXACT,
         )  # fmt: skip
         if BM2 > 0:
             _finish(
-                tl.trans(acc2), squares2, m2, pid_n, row_scale_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr,
+                tl.trans(acc2), m2, pid_n, row_scale_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr,
                 out_scale_ptr, gate_shift_ptr, up_shift_ptr, norm_factor_ptr, norm_ptr, squares_ptr, M, eps, N, K, BM2, BN,
-                GEGLU, NORM, TILES, EXACT,
+                GEGLU, TILES, EXACT,
             )  # fmt: skip

@@ -16,9 +16,7 @@ from hybrid_policy.kernels.stream import StreamWeight, capability_of, check_kern
 
 
 def _route_line(weight: StreamWeight, precision: Precision) -> str:
-    large = {"bf16": "cuBLAS bf16", "fp8": "cuBLAS FP8, quantised by token", "nvfp4": "the same kernel"}[
-        weight.fmt
-    ]
+    large = {"bf16": "cuBLAS bf16", "fp8": "cuBLAS FP8, quantised by token", "nvfp4": "the same kernel"}[weight.fmt]
     return f"stream_gemm {precision} (Triton) up to 64 tokens; above: {large}"
 
 
@@ -48,7 +46,8 @@ class StreamLinear(PackedLinear):
         """One kernel, or quantiser + cuBLAS + epilogue."""
         m, n, k, fmt = x.shape[0], self.out_features, self.in_features, self.packed.fmt
         if tiles.route(fmt, m, n, k, self.capability) == "stream":
-            tile = tiles.linear_tile(fmt, m, n, k, self.capability)
+            given = x_scale is not None
+            tile = tiles.linear_tile(fmt, m, n, k, self.capability, x_fp8=given)
             self.packed.launch(
                 x,
                 out,
@@ -125,29 +124,27 @@ class StreamGateUp(PackedGateUp):
         out_scale: torch.Tensor | None,
         pdl: bool,
     ) -> None:
-        """One kernel, or [norm +] [quantiser +] cuBLAS + GeGLU."""
+        """[Norm and] one kernel, or [norm +] [quantiser +] cuBLAS + GeGLU."""
         m, n, k, fmt = x.shape[0], 2 * self.features, self.in_features, self.packed.fmt
         shifts = (None, None) if norm is None else (norm.gate_shift, norm.up_shift)
+        if norm is not None and norm.factor is not None:
+            # A kernel of its own: folded into the product's loads it cost 7 us instead of some 2 (docs/performance).
+            normed = self.scratch.get("normed", (m, k), torch.bfloat16)
+            x = activations.rms_norm(x, normed, factor=norm.factor, eps=norm.eps, pdl=pdl)
         if tiles.route(fmt, m, n, k, self.capability) == "stream":
             tile = tiles.gate_up_tile(fmt, m, n, k, self.capability)
             self.packed.launch(
-                x, out, tile, geglu=True, out_scale=out_scale, factor=None if norm is None else norm.factor,
-                gate_shift=shifts[0], up_shift=shifts[1], squares=None if norm is None else norm.squares,
+                x, out, tile, geglu=True, out_scale=out_scale, gate_shift=shifts[0], up_shift=shifts[1], squares=None if norm is None else norm.squares,
                 eps=0.0 if norm is None else norm.eps, pdl=pdl,
             )  # fmt: skip
             return
         rows = None if norm is None or norm.squares is None else self.row_factors(norm.squares, norm.eps)
-        if norm is not None and norm.factor is not None:
-            normed = self.scratch.get("normed", (m, k), torch.bfloat16)
-            x = activations.rms_norm(x, normed, factor=norm.factor, eps=norm.eps, pdl=pdl)
         y = self.scratch.get("y", (m, n), torch.bfloat16)
         if fmt == "bf16":
             library.bf16_product(x, self.packed.weight, y)
         else:
             library_fp8(x, None, self.packed, y, self.scratch, pdl)
-        activations.finish_geglu(
-            y, out, row_scale=rows, gate_shift=shifts[0], up_shift=shifts[1], out_scale=out_scale
-        )
+        activations.finish_geglu(y, out, row_scale=rows, gate_shift=shifts[0], up_shift=shifts[1], out_scale=out_scale)
 
     def row_factors(self, squares: torch.Tensor, eps: float) -> torch.Tensor:
         """[M] factors of a norm whose squares the linear before left; library route only."""
