@@ -271,7 +271,7 @@ def _gemma_layer(packer: _Packer, source: Source, stem: str, config: GemmaConfig
         norm2=norm("post_attention_layernorm"),
         out=Projection([packer.one(attention + "o_proj")], packer.dtype),
         mlp_in=mlp_in,
-        down=Projection([packer.one(mlp + "down_proj")], packer.dtype),
+        down=Projection([packer.one(mlp + "down_proj")], packer.dtype, precision=packer.precision(mlp + "down_proj")),
     )
     part = "prefix" if plain else "expert"
     for name, product in (

@@ -22,10 +22,18 @@ from hybrid_policy.runtime.sites import Packed
 class Projection:
     """y = x W.T (+ bias), W of one site or of several stacked ones of one precision.
 
+    precision: with NVFP4 weights, ``nvfp4_w4a16`` or ``nvfp4_w4a4``.
     quantised: whether ``x`` must come as float8_e4m3fn with a row scale that the reader of y applies.
     """
 
-    def __init__(self, weights: Sequence[Packed], dtype: torch.dtype, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Packed],
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        *,
+        precision: str = "nvfp4_w4a16",
+    ) -> None:
         first = weights[0]
         self.quantised = isinstance(first, FP8Tensor)
         self.bias = None if bias is None else bias.to(dtype).contiguous()
@@ -37,7 +45,7 @@ class Projection:
         if isinstance(first, NVFP4Tensor):
             if len(weights) > 1:
                 raise InputError("projection: stacked sites in NVFP4 given, expected bf16 or fp8_w8a8")
-            self._packed = prepare(first, "nvfp4_w4a16", bias=bias)
+            self._packed = prepare(first, precision, bias=bias)  # type: ignore[arg-type]
             self.route = self._packed.route
         elif self.quantised:
             scaled = [w for w in weights if isinstance(w, FP8Tensor)]

@@ -182,7 +182,7 @@ def _call(group: Group, precision: str, layer: int, read: Read, device: torch.de
         linear = prepare(packed[0], precision)  # type: ignore[arg-type]
         residual = torch.zeros(group.rows, group.shape[0], dtype=torch.bfloat16, device=device)
         return lambda: linear(x, out=residual, residual=residual, pdl=True)
-    product = Projection(packed, torch.bfloat16)
+    product = Projection(packed, torch.bfloat16, precision=precision)
     if not product.quantised:
         return lambda: product(x)
     quantised = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=device)
