@@ -185,7 +185,7 @@ class ControlLoop:
         if self._stop.is_set() or self._paused or self.status.state == FAILED:
             return "the node stopped or paused during inference"
         if self._last_stamp != observation.stamp:
-            return "the clock was reset during inference"
+            return "the clock or the node was reset during inference"
         blocking = self._blocking(self._faults(self.clock()))
         return str(blocking[0]) if blocking else ""
 
@@ -220,7 +220,10 @@ class ControlLoop:
         self.reports.error(f"inference {type(error).__name__}", reason)
         with self._lock:
             self.cycle.forget_chunks()
-            final = self._errors_in_row >= self.settings.max_errors and self.status.state != FAILED
+            self.status.last_reason = reason
+            if self._stop.is_set() or self._paused or self.status.state == FAILED:
+                return  # it stands already, for a reason that stays
+            final = self._errors_in_row >= self.settings.max_errors
             self._enter_hold(reason, FAILED if final else HOLDING)
         if final:
             self._on_failed(f"{reason} ({self._errors_in_row} times in a row)")
@@ -353,12 +356,14 @@ class ControlLoop:
     def _enter_hold(self, reason: str, state: str) -> None:
         """Stop the robot where it is told to be now, and say why. Called under the lock."""
         moving = self.status.state == RUNNING
+        if state == HOLDING and not moving and self._commanded is None:
+            state = WAITING  # nothing has ever been commanded: the conditions of a first command stay
         self._set_state(state, reason)
         self.cycle.forget_chunks()
+        self.status.last_reason = reason
         if not moving:
             return
         self.status.holds += 1
-        self.status.last_reason = reason
         self._away_since = 0
         now = self.clock()
         if self.cycle.robot.timeouts.action == "none":

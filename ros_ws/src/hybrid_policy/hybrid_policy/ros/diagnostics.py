@@ -92,7 +92,7 @@ class Diagnostics:
         level, message = OK, "ok"
         running = loop.inferring_seconds()
         if loop.status.errors and loop.status.state != RUNNING:
-            level, message = ERROR, loop.status.reason
+            level, message = ERROR, loop.status.last_reason or loop.status.reason
         elif running > max(1.0, 5 * loop.settings.inference_period * 1e-9):
             level, message = ERROR, f"one inference has been running for {running:.1f} s"
         elif summary.misses > self._thresholds["miss_ratio"] * max(1, summary.chunks):

@@ -368,6 +368,10 @@ def spin(node: PolicyNode) -> int:
         code = 130
     finally:
         loading = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # A launched node gets a second one. Ignored for good: Python takes its own handlers away when it
+            # ends, and one that comes then would kill the process.
+            signal.signal(number, signal.SIG_IGN)
         node.finish()
         executor.shutdown()
         node.destroy_node()
