@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from .synthetic import ALOHA, HOME, TWO_JOINTS, RampPolicy, robot  # isort: skip
+from .test_robot_file import TWIST  # isort: skip
 
 MS = 1_000_000
 PERIOD = 50 * MS
@@ -270,3 +271,17 @@ def test_where_to_hold(tmp_path: Path) -> None:
     assert hold_position(two, command, far, 0.2).tolist() == [0.0, 0.05]  # type: ignore[union-attr]
     assert hold_position(two, None, np.array([1.1, 0.05]), 0.2).tolist() == [1.0, 0.05]  # type: ignore[union-attr]
     assert hold_position(two, None, None, 0.2) is None
+
+
+def test_a_twist_holds_by_standing_still(tmp_path: Path) -> None:
+    eef = robot(tmp_path, TWIST)
+    moving = np.array([0.2, 0.1, 0.0, 0.3, 0.0, 0.0, 0.03])
+    assert hold_position(eef, moving, None, 0.2).tolist() == [0, 0, 0, 0, 0, 0, 0.03]  # type: ignore[union-attr]
+    cycle = ControlCycle(eef, RampPolicy(eef, horizon=20), CycleSettings(chunking="off", blend=0.0))
+    seen = Observation({}, eef.state(np.zeros(1)), "go", {"joints": START}, np.zeros(1))
+    fast = ActionChunk(np.full((20, 7), 3.0, np.float32), np.zeros((20, 32), np.float32), START, {})
+    result = cycle.accept(seen, fast, START, START)
+    assert result.trajectory is not None
+    assert np.abs(result.trajectory.positions[:, :3]).max() == 0.4  # of 1.5 m/s asked for
+    assert np.abs(result.trajectory.positions[:, 3:6]).max() == 2.0
+    assert result.guard.position > 0
