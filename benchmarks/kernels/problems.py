@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from hybrid_policy.kernels import fp8, nvfp4
-from hybrid_policy.kernels.gate_up import NormPrologue, geglu_reference
+from hybrid_policy.kernels.gate_up import geglu_reference
 from hybrid_policy.kernels.packing import separate_rows
 from hybrid_policy.kernels.stream import StreamWeight
 from hybrid_policy.kernels.tiles import Format
@@ -23,12 +23,10 @@ class Problem:
     fmt: Format
     geglu: bool = False
     gated_residual: bool = False
-    norm: bool = False
     quantised: bool = False  # x comes in FP8, one scale a token
 
 
 EXPERT = Problem("expert gate+up+GeGLU", 50, 8192, 1024, "nvfp4", geglu=True)
-EXPERT_NORM = Problem("expert gate+up+GeGLU, adaRMS folded in", 50, 8192, 1024, "nvfp4", geglu=True, norm=True)
 PREFIX_SMALL = Problem("prefix-size gate+up+GeGLU", 50, 32768, 2048, "nvfp4", geglu=True)
 PREFIX = Problem("prefix-size gate+up+GeGLU", 560, 32768, 2048, "nvfp4", geglu=True)
 DOWN = Problem("expert down, quantise, gated residual", 50, 1024, 4096, "fp8", gated_residual=True)
@@ -65,7 +63,6 @@ class Inputs:
     x: torch.Tensor
     residual: torch.Tensor | None
     gate: torch.Tensor | None
-    norm: NormPrologue | None
     operand: torch.Tensor  # x as the kernel takes it
     x_scale: torch.Tensor | None
 
@@ -79,15 +76,11 @@ class Inputs:
 
         residual = normal(problem.m, problem.n).bfloat16() if problem.gated_residual else None
         gate = normal(problem.n) if problem.gated_residual else None
-        norm = None
-        if problem.norm:
-            half = problem.n // 2
-            norm = NormPrologue((1 + 0.1 * normal(problem.k)).bfloat16(), normal(half), normal(half))
         x = normal(problem.m, problem.k).bfloat16()
         if not problem.quantised:
-            return cls(x, residual, gate, norm, x, None)
+            return cls(x, residual, gate, x, None)
         values, scale = fp8.quantize_activation(x)
-        return cls(x, residual, gate, norm, values, scale.reshape(-1))
+        return cls(x, residual, gate, values, scale.reshape(-1))
 
 
 def output(problem: Problem, device: str = "cuda") -> torch.Tensor:
@@ -98,21 +91,19 @@ def output(problem: Problem, device: str = "cuda") -> torch.Tensor:
 
 def launch_arguments(problem: Problem, inputs: Inputs) -> dict[str, object]:
     """Keyword arguments of ``StreamWeight.launch`` beside x, out and tile."""
-    norm = inputs.norm
     return {
         "geglu": problem.geglu,
         "residual": inputs.residual,
         "gate": inputs.gate,
         "x_scale": inputs.x_scale,
-        "factor": None if norm is None else norm.factor,
-        "gate_shift": None if norm is None else norm.gate_shift,
-        "up_shift": None if norm is None else norm.up_shift,
-        "eps": 0.0 if norm is None else norm.eps,
     }
 
 
 def relative_error(problem: Problem, packed: StreamWeight, inputs: Inputs, out: torch.Tensor, group: int) -> float:
-    """FP8 activations are rounded as the kernel does, one scale a token and ``group`` columns. ||out - reference|| / ||reference|| in float64 over the first and the last 256 weight rows."""
+    """||out - reference|| / ||reference|| in float64, over the first and the last 256 weight rows.
+
+    FP8 activations are rounded in the reference as the kernel rounds them: one scale a token and ``group`` columns.
+    """
     worst = 0.0
     count = min(256, problem.n)
     for begin in (0, problem.n - count):
@@ -120,10 +111,7 @@ def relative_error(problem: Problem, packed: StreamWeight, inputs: Inputs, out: 
         wide = dequantized_rows(packed, rows).double()
         if problem.geglu:
             half = slice(begin // 2, (begin + count) // 2)
-            norm = inputs.norm
-            if norm is not None and norm.gate_shift is not None and norm.up_shift is not None:
-                norm = NormPrologue(norm.factor, norm.gate_shift[half], norm.up_shift[half], norm.eps)
-            reference = geglu_reference(inputs.x, *separate_rows(wide), norm)
+            reference = geglu_reference(inputs.x, *separate_rows(wide), None)
             got = out[:, half]
         else:
             x = inputs.x.float()

@@ -11,18 +11,32 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import multiprocessing
 import sys
 import time
 import traceback
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from hybrid_policy.kernels.tiles import Tile
-from problems import DOWN, DOWN_GIVEN, DOWN_NVFP4, EXPERT, EXPERT_NORM, OUT, PREFIX, PREFIX_SMALL, QKV, Problem
-from problems import Inputs, launch_arguments, output, random_weight, relative_error
+from problems import (
+    DOWN,
+    DOWN_GIVEN,
+    DOWN_NVFP4,
+    EXPERT,
+    OUT,
+    PREFIX,
+    PREFIX_SMALL,
+    QKV,
+    Inputs,
+    Problem,
+    launch_arguments,
+    output,
+    random_weight,
+    relative_error,
+)
 
 
 def tiles_of(name: str) -> list[tuple[Problem, list[Tile]]]:
@@ -36,7 +50,7 @@ def tiles_of(name: str) -> list[tuple[Problem, list[Tile]]]:
         ]
         tiles += [t(64, 128, 256, 8, s, swap=True, tma_x=True, tma_w=True) for s in (2, 3)]
         tiles += [t(64, 128, 128, 8, s, swap=True, tma_x=True) for s in (4, 6)]
-        return [(EXPERT, tiles), (EXPERT_NORM, [t(64, 64, 256, 4, 2, swap=True), t(64, 64, 128, 4, 3, swap=True)])]
+        return [(EXPERT, tiles)]
     if name == "prefix_small":
         tiles = [t(64, 128, 128, 8, s, swap=True, tma_x=True, prefetch=p) for s in (2, 3, 4) for p in (0, 256)]
         tiles += [t(64, 256, 128, w, s, swap=True, tma_x=True) for w in (8, 16) for s in (2, 3)]
@@ -70,8 +84,11 @@ def tiles_of(name: str) -> list[tuple[Problem, list[Tile]]]:
         ]
         given = [t(64, bn, bk, w, s, split=p, tma_x=True, tma_w=True) for bn, bk, p, w, s in rows]
         given += [t(64, 64, 512, 8, 1, split=8), t(64, 32, 512, 4, 1, split=8)]
-        nvfp4 = [t(64, 32, 256, 4, 3, split=4, tma_x=True, tma_w=True), t(64, 64, 256, 4, 2, split=8, swap=True, tma_x=True, tma_w=True),
-                 t(64, 64, 256, 4, 2, split=8, tma_x=True, tma_w=True), t(64, 64, 128, 4, 4, split=8, swap=True, tma_x=True)]  # fmt: skip
+        nvfp4 = [t(64, 64, 256, 4, 2, split=8, swap=w, tma_x=True, tma_w=True) for w in (False, True)]
+        nvfp4 += [
+            t(64, 32, 256, 4, 3, split=4, tma_x=True, tma_w=True),
+            t(64, 64, 128, 4, 4, split=8, swap=True, tma_x=True),
+        ]
         return [(DOWN, tiles), (DOWN_GIVEN, given), (DOWN_NVFP4, nvfp4)]
     qkv = [t(64, 32, 256, 4, 3, tma_x=True, tma_w=True), t(64, 32, 256, 4, 3, tma_x=True)]
     out = [t(64, 16, 256, 4, 4, tma_x=True), t(64, 32, 256, 4, 2, tma_x=True, tma_w=True, split=2),
@@ -132,8 +149,8 @@ def main() -> int:
     sets: dict[Problem, tuple[list, Inputs]] = {}
     for index, problem, tile, pdl in jobs:
         text, error = checked[index]
-        row = {"problem": problem.name, "m": problem.m, "n": problem.n, "k": problem.k, "format": problem.fmt,
-               **vars(tile), "pdl": int(pdl), "relative_error": f"{error:.2e}", "us": "", "failure": text[:200]}  # fmt: skip
+        row = {"problem": problem.name, "m": problem.m, "n": problem.n, "k": problem.k, "format": problem.fmt}
+        row |= {**vars(tile), "pdl": int(pdl), "relative_error": f"{error:.2e}", "us": "", "failure": text[:200]}
         rows.append(row)
         if text or not error < 2e-2:
             print("FAILED", row, flush=True)
@@ -147,7 +164,7 @@ def main() -> int:
         packs, inputs = sets[problem]
         out, arguments = output(problem), launch_arguments(problem, inputs)
         try:
-            calls = [lambda p=p: p.launch(inputs.operand, out, tile, pdl=pdl, **arguments) for p in packs]
+            calls = [functools.partial(p.launch, inputs.operand, out, tile, pdl=pdl, **arguments) for p in packs]
             row["us"] = f"{graph_time_us(calls):.2f}"
         except Exception as failure:
             row["failure"] = f"{type(failure).__name__}: {failure}"[:200]
@@ -172,7 +189,6 @@ def main() -> int:
                 "split",
                 "tma_x",
                 "tma_w",
-                "rotate",
                 "trigger",
                 "pdl",
                 "relative_error",

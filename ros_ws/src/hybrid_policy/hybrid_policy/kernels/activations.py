@@ -16,7 +16,6 @@ from hybrid_policy.kernels.norm_output import NormOutput, norm_operands
 from hybrid_policy.kernels.nvfp4 import GROUP
 from hybrid_policy.kernels.nvfp4_activation import NVFP4Activation
 
-
 #: Columns of one program of the epilogue kernel.
 FINISH_COLUMNS = 1024
 
@@ -38,7 +37,7 @@ def _e4m3_byte(x):
     # x + 1.5 * 2**14 has spacing 2**-9: its low mantissa bits are the subnormal's index.
     subnormal = (x + 24576.0).to(tl.int32, bitcast=True) & 15
     byte = tl.where(x < 0.015625, subnormal, tl.minimum(normal, 0x7E))
-    return tl.where(x == x, byte, 0x7F)
+    return tl.where(x == x, byte, 0x7F)  # noqa: PLR0124 (NaN)
 
 
 @triton.jit
@@ -54,7 +53,7 @@ def _e4m3_value(byte):
 @triton.jit
 def _e2m1_code(x):
     """E2M1 codes (int32) of float32 values, ties to even, saturating; NaN gives the code of 6."""
-    magnitude = tl.where(x == x, tl.minimum(tl.abs(x), 6.0), 6.0)
+    magnitude = tl.where(x == x, tl.minimum(tl.abs(x), 6.0), 6.0)  # noqa: PLR0124 (NaN)
     bits = magnitude.to(tl.int32, bitcast=True)
     large = ((bits + 0x1FFFFF + ((bits >> 22) & 1)) >> 22) - 252
     # Below 1 the spacing is 0.5: that of floats at 1.5 * 2**22.
@@ -119,7 +118,8 @@ def _quantize_rows(
 @triton.jit
 def _finish_rows(
     y_ptr, row_scale_ptr, bias_ptr, gate_ptr, residual_ptr, gate_shift_ptr, up_shift_ptr, out_ptr, out_scale_ptr,
-    norm_factor_ptr, norm_ptr, squares_ptr, unit, M, N: tl.constexpr, BN: tl.constexpr, GEGLU: tl.constexpr, PDL: tl.constexpr, EXACT: tl.constexpr,
+    norm_factor_ptr, norm_ptr, squares_ptr, unit, M,
+    N: tl.constexpr, BN: tl.constexpr, GEGLU: tl.constexpr, PDL: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """The epilogue behind a library's product: one row and BN outputs a program."""
     if PDL:
@@ -168,16 +168,12 @@ def interpreted() -> bool:
     return not isinstance(_quantize_rows, triton.runtime.JITFunction)
 
 
-def _check_rows(
-    x: torch.Tensor, factor: torch.Tensor | None, shift: torch.Tensor | None, multiple: int
-) -> None:
+def _check_rows(x: torch.Tensor, factor: torch.Tensor | None, shift: torch.Tensor | None, multiple: int) -> None:
     if x.ndim != 2 or not x.is_contiguous() or x.dtype != torch.bfloat16 or x.shape[1] % multiple:
         got = f"{tuple(x.shape)} {x.dtype} strides {x.stride()}"
         raise InputError.at("activations", "x", got, f"contiguous bf16 [M, K] with K % {multiple} == 0")
     if x.shape[1] > 32768:
-        raise InputError.at(
-            "activations", "x.shape[1]", x.shape[1], "at most 32768 columns (a row a program)"
-        )
+        raise InputError.at("activations", "x.shape[1]", x.shape[1], "at most 32768 columns (a row a program)")
     for name, vector in (("factor", factor), ("shift", shift)):
         if vector is not None and (tuple(vector.shape) != (x.shape[1],) or not vector.is_contiguous()):
             raise InputError.at("activations", name, tuple(vector.shape), f"contiguous ({x.shape[1]},)")
@@ -243,11 +239,7 @@ def quantize_fp8(
         InputError: a shape, dtype or layout that does not fit.
     """
     _check_rows(x, factor, shift, 1)
-    if (
-        values.shape != x.shape
-        or values.dtype != torch.float8_e4m3fn
-        or tuple(row_scale.shape) != (x.shape[0],)
-    ):
+    if values.shape != x.shape or values.dtype != torch.float8_e4m3fn or tuple(row_scale.shape) != (x.shape[0],):
         got = f"{tuple(values.shape)} {values.dtype}, {tuple(row_scale.shape)}"
         raise InputError.at("activations", "values, row_scale", got, "float8_e4m3fn [M, K], float32 [M]")
     _launch_rows(x, factor, shift, eps, (values, None, row_scale), "fp8", False, pdl)
@@ -300,7 +292,7 @@ def finish_geglu(
     out_scale: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> None:
-    """``out = gelu_tanh(gate) * up`` in one kernel; ``y`` [M, 2F] with gate and up by eights (packing.py), ``out`` [M, F]."""
+    """``out = gelu_tanh(gate) * up`` in one kernel; ``y`` [M, 2F], gate and up by eights; ``out`` [M, F]."""
     m, f = out.shape
     _finish_rows[(m, triton.cdiv(f, FINISH_COLUMNS))](
         y, row_scale, None, None, None, gate_shift, up_shift, out, out_scale, None, None, None, unit,

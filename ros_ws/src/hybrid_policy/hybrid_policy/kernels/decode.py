@@ -100,7 +100,7 @@ def round_e4m3(x):
     small = (x + 24576.0) - 24576.0
     out = tl.where(tl.abs(x) < 0.015625, small, rounded)
     out = tl.minimum(tl.maximum(out, -448.0), 448.0)
-    return tl.where(x != x, x, out)
+    return tl.where(x != x, x, out)  # noqa: PLR0124 (NaN)
 
 
 @triton.jit

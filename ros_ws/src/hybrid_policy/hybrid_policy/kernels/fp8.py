@@ -104,9 +104,7 @@ def quantize_activation(x: torch.Tensor, group: int | None = None) -> tuple[torc
     return quantized.contiguous(), scale
 
 
-def dequantize_activation(
-    values: torch.Tensor, scale: torch.Tensor, group: int | None = None
-) -> torch.Tensor:
+def dequantize_activation(values: torch.Tensor, scale: torch.Tensor, group: int | None = None) -> torch.Tensor:
     """Float32 [M, K]; the inverse of :func:`quantize_activation` up to rounding."""
     k = values.shape[1]
     expanded = scale.repeat_interleave(k if group is None else group, dim=-1)[:, :k]

@@ -125,9 +125,7 @@ def quantize(
         raise InputError.at("nvfp4.quantize", "weight", got, "a floating-point [N, K] with K % 16 == 0")
     if not torch.isfinite(weight).all():
         raise InputError.at("nvfp4.quantize", "weight", "NaN or Inf", "finite values")
-    global_ = (global_scale_of(weight) if global_scale is None else global_scale).to(
-        weight.device, torch.float32
-    )
+    global_ = (global_scale_of(weight) if global_scale is None else global_scale).to(weight.device, torch.float32)
     codes, scales = [], []
     # Row blocks bound the memory of the sweep: a dozen float32 copies of the block.
     rows = max(1, (1 << 22) // weight.shape[1])
@@ -138,7 +136,7 @@ def quantize(
         error_weights = None
         if weights is not None:
             error_weights = weights[start : start + rows].reshape(groups.shape)
-        scale = _search_scales(groups, rule, error_weights)
+        scale = search_scales(groups, rule, error_weights)
         divisor = torch.where(scale.float() > 0, scale.float(), torch.ones((), device=weight.device))
         code = encode_e2m1(groups / divisor.unsqueeze(-1))
         codes.append(pack_codes(code.reshape(block.shape)))
@@ -146,8 +144,8 @@ def quantize(
     return NVFP4Tensor(torch.cat(codes), torch.cat(scales), global_.reshape(()))
 
 
-def _search_scales(groups: torch.Tensor, rule: ScaleRule, weights: torch.Tensor | None) -> torch.Tensor:
-    """E4M3 scale of each group; ``groups`` [N, G, 16] in units of the global scale."""
+def search_scales(groups: torch.Tensor, rule: ScaleRule, weights: torch.Tensor | None) -> torch.Tensor:
+    """E4M3 scale [N, G] of groups [N, G, 16] in units of the global scale; ``weights`` of their errors."""
     start = (groups.abs().amax(-1) / E2M1_MAX).clamp(max=E4M3_MAX)
     best = start.to(torch.float8_e4m3fn)
     if rule == "max":

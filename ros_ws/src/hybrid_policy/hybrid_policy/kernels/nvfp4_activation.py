@@ -32,7 +32,7 @@ class NVFP4Activation:
 
     @classmethod
     def empty(cls, m: int, k: int, device: torch.device | str, *, swizzled: bool) -> NVFP4Activation:
-        """Buffers for ``activations.quantize_nvfp4``'s ``out``; swizzled scales are zeroed (their padding is never written)."""
+        """Buffers for ``activations.quantize_nvfp4``; swizzled scales start at zero (padding is never written)."""
         codes = torch.empty((m, k // 2), dtype=torch.uint8, device=device)
         if swizzled:
             scales = torch.zeros(swizzled_size(m, k), dtype=torch.uint8, device=device)
@@ -66,7 +66,7 @@ def unswizzle(flat: torch.Tensor, m: int, c: int) -> torch.Tensor:
 
 
 def nvfp4_reference(x: torch.Tensor) -> NVFP4Activation:
-    """The mathematics of ``activations.quantize_nvfp4``: [M, K] -> codes and scales, max rule, bit for bit the kernel's.
+    """The mathematics of ``activations.quantize_nvfp4``, bit for bit: [M, K] -> codes and scales, max rule.
 
     A NaN or an Inf in a group makes the group's scale NaN (byte 0x7F).
     """
@@ -76,9 +76,7 @@ def nvfp4_reference(x: torch.Tensor) -> NVFP4Activation:
     # The largest group scale then is at most 448 = E4M3's largest; finite parts only decide it.
     row = fp8.power_of_two_scale(amax.nan_to_num(0.0, posinf=0.0).amax(-1) * (1.0 / nvfp4.E2M1_MAX))
     unscaled = groups * row.reciprocal()[:, None, None]
-    scale = (
-        (unscaled.abs().amax(-1) * (1.0 / nvfp4.E2M1_MAX)).clamp(max=nvfp4.E4M3_MAX).to(torch.float8_e4m3fn)
-    )
+    scale = (unscaled.abs().amax(-1) * (1.0 / nvfp4.E2M1_MAX)).clamp(max=nvfp4.E4M3_MAX).to(torch.float8_e4m3fn)
     wide = scale.float()
     inverse = torch.where(wide > 0, wide.reciprocal(), torch.zeros_like(wide))
     codes = nvfp4.encode_e2m1(unscaled * inverse.unsqueeze(-1))

@@ -74,7 +74,8 @@ class StreamWeight(torch.nn.Module):
     def dequantized(self) -> torch.Tensor:
         """Float32 [N, K]."""
         if self.fmt == "nvfp4":
-            assert self.scales is not None and self.row_scale is not None
+            assert self.scales is not None
+            assert self.row_scale is not None
             unit = torch.ones((), device=self.weight.device)
             whole = packing.unprepack(self.weight[:, : self.n], self.scales[:, : self.n], unit, self.k)
             return nvfp4.dequantize(whole) * (self.row_scale / NVFP4_ROW_FACTOR)[:, None]
@@ -160,8 +161,8 @@ def constants(fmt: Format, n: int, k: int, tile: Tile, *, geglu: bool, pdl: bool
     prefetch = 0 if ragged or lines < 64 else min(tile.prefetch, 1 << (lines.bit_length() - 1))
     return {
         "N": n, "K": k, "FORMAT": fmt, "GEGLU": geglu, "BM": tile.bm, "BM2": tile.bm2, "BN": tile.bn, "BK": tile.bk,
-        "TMA_X": tile.tma_x, "TMA_W": tile.tma_w, "TRIGGER": tile.trigger, "SPLIT": tile.split, "SWAP": tile.swap, "STAGES": 1 if exact else tile.stages, "PREFETCH": prefetch,
-        "PDL": pdl, "EXACT": exact,
+        "TMA_X": tile.tma_x, "TMA_W": tile.tma_w, "TRIGGER": tile.trigger, "SPLIT": tile.split, "SWAP": tile.swap,
+        "STAGES": 1 if exact else tile.stages, "PREFETCH": prefetch, "PDL": pdl, "EXACT": exact,
     }  # fmt: skip
 
 

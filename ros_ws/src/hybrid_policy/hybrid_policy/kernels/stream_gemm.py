@@ -25,10 +25,7 @@ from hybrid_policy.kernels.stream_loads import load_nvfp4, load_rows, load_x, pr
 
 @triton.jit
 def _product(x, w, acc, SWAP: tl.constexpr, EXACT: tl.constexpr):
-    if EXACT:
-        precision: tl.constexpr = "ieee"
-    else:
-        precision: tl.constexpr = "tf32"
+    precision: tl.constexpr = "ieee" if EXACT else "tf32"
     if SWAP:
         return tl.dot(w, tl.trans(x), acc, input_precision=precision)
     else:
@@ -186,7 +183,7 @@ def stream_gemm(
 ):
     """See the module. Grid: (token tiles * row tiles * SPLIT,), token tiles fastest so that weights are read once.
 
-    N counts weight rows (gate and up by eights, see packing.py, when GEGLU); NVFP4 slabs are padded to a multiple of 128 rows.
+    N counts weight rows (gate and up by eights, see packing.py, when GEGLU); NVFP4 slabs have a multiple of 128 rows.
     """
     X_FP8: tl.constexpr = x_scale_ptr is not None
     NVFP4: tl.constexpr = FORMAT == "nvfp4"
@@ -217,17 +214,13 @@ def stream_gemm(
     n = pid_n * BN + tl.arange(0, BN)
     first = pid_m * (BM + BM2)
     m = first + tl.arange(0, BM)
-    if SWAP:
-        acc = tl.zeros((BN, BM), tl.float32)
-    else:
-        acc = tl.zeros((BM, BN), tl.float32)
+    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
     if BM2 > 0:
         tl.static_assert(SWAP)
         m2 = first + BM + tl.arange(0, BM2)
         acc2 = tl.zeros((BN, BM2), tl.float32)
     for step in tl.range(0, KS // BK, num_stages=STAGES):
         k0 = k_begin + step * BK
-        k = k0 + tl.arange(0, BK)
         x = load_x(x_ptr, first, k0, M, K, BM, BK, EVEN_K, TMA_X, EXACT)
         if BM2 > 0:
             x2 = load_x(x2_ptr, first + BM, k0, M, K, BM2, BK, EVEN_K, TMA_X, EXACT)
@@ -235,7 +228,7 @@ def stream_gemm(
             words, scales = load_nvfp4(w_ptr, scale_ptr, pid_n * BN, k0, ROWS, BN, BK, TMA_W)
             w = nvfp4_tile(words, scales, BN, BK, EXACT)
         else:
-            if EARLY:
+            if EARLY:  # noqa: SIM108 (w_early exists only then)
                 w = w_early
             else:
                 w = load_rows(w_ptr, pid_n * BN, k0, N, K, BN, BK, EVEN_K, TMA_W)
@@ -248,13 +241,12 @@ def stream_gemm(
             if BM2 > 0:
                 acc2 = _product(x2, w, acc2, SWAP, EXACT)
             acc = _product(x, w, acc, SWAP, EXACT)
-    if PDL:
-        if TRIGGER == 1:
-            gdc_launch_dependents()
+    if PDL and TRIGGER == 1:
+        gdc_launch_dependents()
     if SWAP:
         acc = tl.trans(acc)
     if X_FP8:
-        if X_ROWS:
+        if X_ROWS:  # noqa: SIM108 (a vector or a scalar)
             acc = acc * tl.load(x_scale_ptr + m, mask=m < M, other=0.0)[:, None]
         else:
             acc = acc * tl.load(x_scale_ptr)
@@ -301,6 +293,6 @@ def stream_gemm(
         if BM2 > 0:
             _finish(
                 tl.trans(acc2), m2, pid_n, row_scale_ptr, out_ptr, bias_ptr, residual_ptr, gate_ptr,
-                out_scale_ptr, gate_shift_ptr, up_shift_ptr, norm_factor_ptr, norm_ptr, squares_ptr, M, eps, N, K, BM2, BN,
-                GEGLU, TILES, EXACT,
+                out_scale_ptr, gate_shift_ptr, up_shift_ptr, norm_factor_ptr, norm_ptr, squares_ptr, M, eps, N, K, BM2,
+                BN, GEGLU, TILES, EXACT,
             )  # fmt: skip

@@ -134,8 +134,8 @@ class StreamGateUp(PackedGateUp):
         if tiles.route(fmt, m, n, k, self.capability) == "stream":
             tile = tiles.gate_up_tile(fmt, m, n, k, self.capability)
             self.packed.launch(
-                x, out, tile, geglu=True, out_scale=out_scale, gate_shift=shifts[0], up_shift=shifts[1], squares=None if norm is None else norm.squares,
-                eps=0.0 if norm is None else norm.eps, pdl=pdl,
+                x, out, tile, geglu=True, out_scale=out_scale, gate_shift=shifts[0], up_shift=shifts[1],
+                squares=None if norm is None else norm.squares, eps=0.0 if norm is None else norm.eps, pdl=pdl,
             )  # fmt: skip
             return
         rows = None if norm is None or norm.squares is None else self.row_factors(norm.squares, norm.eps)
@@ -169,5 +169,6 @@ def interleaved(gate: Weight, up: Weight) -> StreamWeight:
         scales = [tensor.scale.expand(tensor.shape[0]).reshape(-1, 1) for tensor in (gate, up)]
         rows = packing.interleave_rows(scales[0], scales[1]).reshape(-1)
         return StreamWeight(fp8.FP8Tensor(values.view(torch.float8_e4m3fn), rows), rows)
-    assert isinstance(gate, torch.Tensor) and isinstance(up, torch.Tensor)  # prepare_gate_up has seen to it
+    assert isinstance(gate, torch.Tensor)  # prepare_gate_up has seen to both
+    assert isinstance(up, torch.Tensor)
     return StreamWeight(packing.interleave_rows(gate, up), None)

@@ -109,7 +109,7 @@ def power_of_two_at_least(value: int, least: int, most: int) -> int:
 
 
 def bulk_copies(k: int, capability: int) -> bool:
-    """Whether x [M, k] can be loaded by the bulk tensor copy engine: it is there, and rows are multiples of 16 bytes."""
+    """Whether x [M, k] is loaded by the bulk tensor copy engine: tuned for 9.0, rows multiples of 16 bytes."""
     return capability == 90 and k % 16 == 0
 
 
@@ -149,7 +149,8 @@ def _portable_tile(fmt: Format, m: int, n: int, capability: int) -> Tile:
     if fmt == "fp8":
         tile = Tile(power_of_two_at_least(m, 16, 64), bn=32, bk=256, warps=4, stages=1)
     elif m <= 64:
-        tile = Tile(power_of_two_at_least(m, 16, 64), bn=64 if n >= 4096 else 32, bk=128, warps=4, stages=2)
+        bk = 64 if fmt == "bf16" else 128
+        tile = Tile(power_of_two_at_least(m, 16, 64), bn=64 if n >= 4096 else 32, bk=bk, warps=4, stages=2)
     else:
         tile = Tile(128, bn=128, bk=64, warps=8, stages=2)
     return fit(tile, fmt, capability)

@@ -34,18 +34,14 @@ class W4A4Weight(torch.nn.Module):
             raise InputError.at("nvfp4_w4a4", "device", name, expected)
         self.n, self.k = weight.shape
         if self.k % 32 or self.n % 16:
-            raise InputError.at(
-                "nvfp4_w4a4", "shape", weight.shape, "K a multiple of 32, N of 16; take nvfp4_w4a16"
-            )
+            raise InputError.at("nvfp4_w4a4", "shape", weight.shape, "K a multiple of 32, N of 16; take nvfp4_w4a16")
         self.unit = float(weight.global_scale)
         self.register_buffer("codes", weight.codes.contiguous(), persistent=False)
         self.register_buffer("scales", swizzle(weight.scales.view(torch.uint8)), persistent=False)
         self.scratch = library.Scratch(device)
         self.quantized: dict[int, NVFP4Activation] = {}
 
-    def product(
-        self, x: torch.Tensor, norm: NormPrologue | None, pdl: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def product(self, x: torch.Tensor, norm: NormPrologue | None, pdl: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(bf16 [M, N] still to be scaled, row scales [M]); buffers are made at the first call with this M."""
         m = x.shape[0]
         if m not in self.quantized:
@@ -112,7 +108,8 @@ class W4A4GateUp(PackedGateUp):
 
     def __init__(self, gate: Weight, up: Weight) -> None:
         super().__init__(gate.shape[0], gate.shape[1])
-        assert isinstance(gate, nvfp4.NVFP4Tensor) and isinstance(up, nvfp4.NVFP4Tensor)
+        assert isinstance(gate, nvfp4.NVFP4Tensor)
+        assert isinstance(up, nvfp4.NVFP4Tensor)
         if float(gate.global_scale) != float(up.global_scale):
             got = (float(gate.global_scale), float(up.global_scale))
             raise InputError.at("nvfp4_w4a4", "global scales of gate and up", got, "one shared scale")

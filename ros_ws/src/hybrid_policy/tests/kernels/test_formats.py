@@ -7,6 +7,7 @@ import torch
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import checkpoint_formats, fp8, nvfp4, packing
 from hybrid_policy.kernels.nvfp4_activation import nvfp4_dequantize, nvfp4_reference, swizzle, unswizzle
+from hybrid_policy.kernels.nvfp4_gptq import hessian, quantize_gptq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,6 +68,28 @@ def test_importance_moves_the_error_to_where_it_matters_less():
     weighted = nvfp4.dequantize(nvfp4.quantize(weight, importance=importance)) - weight
     plain = nvfp4.dequantize(nvfp4.quantize(weight)) - weight
     assert weighted[:, ::4].square().sum() < plain[:, ::4].square().sum()
+
+
+def test_gptq_lowers_the_output_error_on_correlated_inputs():
+    g = torch.Generator().manual_seed(5)
+    mix = torch.randn(8, 128, generator=g)
+    size = torch.randn(128, generator=g).exp()
+
+    def inputs(m):
+        return (torch.randn(m, 128, generator=g) * 0.3 + torch.randn(m, 8, generator=g) @ mix) * size
+
+    weight, calibration, test = gaussian(64, 128), inputs(512), inputs(128)
+    errors = {}
+    for name, tensor in {
+        "sweep": nvfp4.quantize(weight),
+        "gptq": quantize_gptq(weight, hessian(calibration)),
+        "blocks": quantize_gptq(weight, hessian(calibration), block=32),
+    }.items():
+        errors[name] = float((test @ (nvfp4.dequantize(tensor) - weight).T).norm())
+    assert errors["gptq"] < 0.7 * errors["sweep"]
+    assert abs(errors["gptq"] - errors["blocks"]) < 0.05 * errors["gptq"]
+    with pytest.raises(InputError, match="moments"):
+        quantize_gptq(weight, torch.eye(64))
 
 
 @pytest.mark.parametrize(
