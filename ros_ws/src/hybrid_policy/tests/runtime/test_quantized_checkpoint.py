@@ -5,6 +5,7 @@ import pytest
 import torch
 from hybrid_policy.cli import main
 from hybrid_policy.errors import InputError
+from hybrid_policy.models.config import small_config
 from hybrid_policy.models.tensor_files import TensorStore
 from hybrid_policy.runtime.calibration import read_observations, write_observation
 from hybrid_policy.runtime.engine import Engine
@@ -24,8 +25,11 @@ def source(tmp_path_factory):
         cameras=("base_0_rgb", "right_wrist_0_rgb"),
         state_range=[(-1.5, 1.5)] * JOINTS,
         action_range=[(-1.0, 1.0)] * JOINTS,
-        num_steps=2,
-    )
+        config=small_config(
+            cameras=("base_0_rgb", "right_wrist_0_rgb"), state_dim=JOINTS, action_dim=JOINTS, vocab_size=512,
+            image_size=28, max_token_len=160, width=64, depth=3, num_steps=2,
+        ),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
