@@ -40,6 +40,22 @@ def mark(joint: int) -> str:
     return chr(_MARK + joint)
 
 
+def _phrases() -> list[normalizers.Normalizer]:
+    """A phrase that was not trained on becomes ``pick up the <colour> cube``, where it names a colour.
+
+    A network of this size knows the phrases that it was trained with and no other English.
+    """
+    colours = "|".join(COLOURS)
+    known = "|".join(phrase.format(f"(?:{colours})") for phrase in PROMPTS)
+    told = "|".join(f"(?<=^task: pick up the {colour})" for colour in COLOURS)
+    return [
+        normalizers.Replace(
+            Regex(rf"^task: (?!(?:{known})(?:, state|$)).*?(?=\b(?:{colours})\b)"), "task: pick up the "
+        ),
+        normalizers.Replace(Regex(rf"(?:{told})(?! (?:cube|block)(?:, state|$)).*?(?=, state|$)"), " cube"),
+    ]
+
+
 def build(state_dim: int) -> Tokenizer:
     """The tokenizer for a state of ``state_dim`` numbers."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *words()])}
@@ -49,6 +65,7 @@ def build(state_dim: int) -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     steps: list[normalizers.Normalizer] = [
         normalizers.Lowercase(),
+        *_phrases(),
         normalizers.Replace(Regex(r",?\s*state:\s*"), mark(0)),
     ]
     for joint in range(1, state_dim):

@@ -48,7 +48,22 @@ def test_the_tokenizer_keeps_joints_apart_and_the_table_agrees_with_it(training)
         assert ids[0, : counts[0]].tolist() == encoded.ids
     same = tokenizer.encode(build_prompt("state", "lift the red cube", np.zeros(14))).ids
     assert len(set(same[-15:-1])) == 14  # one number, fourteen tokens
-    assert "<unk>" in tokenizer.encode("Task: juggle the red cube").tokens
+    assert "<unk>" in tokenizer.encode("Task: juggle").tokens
+
+
+def test_other_phrases_that_name_a_colour_become_a_known_one(training) -> None:
+    tokenizer = training("vocabulary").build(14)
+
+    def tokens(prompt: str) -> list[str]:
+        return tokenizer.encode(build_prompt("state", prompt, np.zeros(14))).tokens
+
+    plain = tokens("pick up the red cube")
+    for prompt in ("Please, get me the RED one!", "red", "pick up the red cube.", "fetch the red box, quickly"):
+        assert tokens(prompt) == plain
+    assert tokens("lift the red block") != plain  # one that was trained with
+    assert tokens("pick the red one up") != plain
+    assert tokens("bring blue") == tokens("pick up the blue cube") != plain
+    assert "red" not in tokens("do something")
 
 
 def test_near_numbers_start_near_each_other(training) -> None:
