@@ -207,11 +207,14 @@ def _fused_qkv_kernel(
 
 
 def plan_qkv(out_features: int, head_dim: int, processors: int = 132) -> tuple[int, int, int, int]:
-    """(rows of weights a program, inner block, warps, stages): the widest tile that leaves half the device busy."""
+    """(rows of weights a program, inner block, warps, stages): the widest tile that leaves half the device busy.
+
+    A tile lies within one head, so ``head_dim`` must be a multiple of 16.
+    """
     block_n = 16
-    while block_n < min(64, head_dim) and out_features // (2 * block_n) >= processors // 2:
+    while block_n < 64 and head_dim % (2 * block_n) == 0 and out_features // (2 * block_n) >= processors // 2:
         block_n *= 2
-    return min(block_n, head_dim), 256, 8, 4
+    return block_n, 256, 8, 4
 
 
 class FusedQKV:
@@ -237,6 +240,8 @@ class FusedQKV:
         out_features, self.width = weight.shape
         if out_features != (heads + 2 * kv_heads) * head_dim:
             raise InputError.at("qkv", "weight.shape", tuple(weight.shape), f"[{(heads + 2 * kv_heads) * head_dim}, K]")
+        if head_dim % 16:
+            raise InputError.at("qkv", "head_dim", head_dim, "a multiple of 16")
         self.shape = (heads, kv_heads, head_dim)
         scale = torch.ones(out_features, device=weight.device) if weight_scale is None else weight_scale.float()
         scale = scale.expand(out_features).contiguous()

@@ -145,6 +145,8 @@ def device_precisions(recipe: Recipe, sites: dict[str, tuple[int, int]], device:
             expected = "bf16 or fp8_w8a8 for attention"
         elif precision == "nvfp4_w4a4" and capability[0] < 10:
             expected = "nvfp4_w4a16: W4A4 needs Blackwell's block-scaled tensor cores (sm_100 or later)"
+        elif precision == "fp8_w8a8" and sites[site][0] % 16:
+            expected = f"bf16: FP8 products on a GPU want outer dimensions in multiples of 16, not {sites[site][0]}"
         if expected:
             problems.append(f"{recipe.source}: {site}: {precision} given, expected {expected}")
     if recipe.prefix_cache == "float32":
@@ -192,4 +194,5 @@ def choose_table(
         {name: known[p] for name, p in formats.items()},
     ):
         return table
-    return dataclasses.replace(table, expert="fused")
+    # a tile of the fused QKV lies within one head
+    return dataclasses.replace(table, expert="fused" if gemma.head_dim % 16 == 0 else "split")

@@ -119,7 +119,9 @@ def test_rope_reference_is_the_models():
 
 
 @interpreted
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "width"), [(2, 1, 32, 48), (4, 1, 64, 300), (2, 2, 32, 64)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "width"), [(2, 1, 32, 48), (4, 1, 64, 300), (2, 2, 32, 64), (2, 1, 48, 64)]
+)
 def test_fused_qkv(heads, kv_heads, head_dim, width):
     rows, capacity = 5, 16
     n = (heads + 2 * kv_heads) * head_dim
@@ -135,6 +137,13 @@ def test_fused_qkv(heads, kv_heads, head_dim, width):
     qkv.rope_split_reference(normed @ weight.T, expected, caches[2], caches[3], tables, start)
     for ours, theirs in ((q, expected), (caches[0], caches[2]), (caches[1], caches[3])):
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 96, 256])
+def test_a_tile_lies_within_a_head(head_dim):
+    block_n, *_ = qkv.plan_qkv(10 * head_dim, head_dim)
+    assert head_dim % block_n == 0
+    assert block_n in (16, 32, 64)
 
 
 def test_interleaving_is_a_permutation_of_pairs():

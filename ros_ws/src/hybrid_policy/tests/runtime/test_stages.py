@@ -48,6 +48,14 @@ def test_the_table_follows_from_recipe_and_mode():
     assert choose(load_recipe("w4a4"), off).expert == "fused"
 
 
+def test_outer_dimensions_that_fp8_does_not_take():
+    sites = {"a.language_model.b": (40, 64), "a.language_model.c": (48, 64)}
+    recipe = Recipe("mine", (Rule("*", "fp8_w8a8", "mine.yaml"),), source="mine.yaml")
+    with pytest.raises(InputError, match=r"language_model\.b: fp8_w8a8 given.*not 40") as error:
+        device_precisions(recipe, sites, CPU)
+    assert "language_model.c" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("pattern", "precision", "expected"),
     [
