@@ -94,7 +94,8 @@ class RosbagsSource:
                 continue
             readable.append(file)
             for topic in found:
-                self._add(topic)
+                if isinstance(topic.name, str) and isinstance(topic.type, str):  # not so in a damaged database
+                    self._add(topic)
         if not readable:
             raise InputError("\n".join(self.problems) or f"{path}: no readable file")
         self._files = readable

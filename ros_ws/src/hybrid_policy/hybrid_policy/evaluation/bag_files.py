@@ -52,7 +52,7 @@ def topics(file: Path, problems: list[str]) -> list[FoundTopic]:
 
 def messages(file: Path, wanted: Collection[str], problems: list[str]) -> Iterator[Raw]:
     """The messages of one file on ``wanted`` topics, in the order of recording."""
-    last = -1
+    last, damaged = -1, 0
     if _by_rosbags(file):
         try:
             with _rosbags_reader(file) as reader:
@@ -60,16 +60,34 @@ def messages(file: Path, wanted: Collection[str], problems: list[str]) -> Iterat
                 if not connections:
                     return
                 for connection, t_ns, data in reader.messages(connections):
+                    # In message compression the packed bytes are no more trustworthy than the file.
+                    plain = _plain(data) if isinstance(t_ns, int) else None
+                    if plain is None:
+                        damaged += 1
+                        continue
                     last = t_ns
-                    yield connection.topic, connection.msgtype, t_ns, _plain(data)
+                    yield connection.topic, connection.msgtype, t_ns, plain
+                _say_damaged(file, damaged, problems)
                 return
         except _reader_errors() as error:
             if not any(_first_line(error) in known for known in problems):
                 problems.append(f"{file.name}: {_first_line(error)}; the rest walked from the front")
     scan = _scan_mcap if _is_mcap(file) else _scan_sqlite
-    for raw in scan(file, problems):
-        if raw[2] > last and raw[0] in wanted:
-            yield raw[0], raw[1], raw[2], _plain(raw[3])
+    for topic, kind, t_ns, data in scan(file, problems):
+        if not isinstance(t_ns, int) or t_ns <= last or topic not in wanted:
+            continue
+        plain = _plain(data)
+        if plain is None:
+            damaged += 1
+        else:
+            yield topic, kind, t_ns, plain
+    _say_damaged(file, damaged, problems)
+
+
+def _say_damaged(file: Path, count: int, problems: list[str]) -> None:
+    line = f"{file.name}: {count} messages are damaged and were left out"
+    if count and line not in problems:
+        problems.append(line)
 
 
 def unpack(file: Path, target: Path) -> str | None:
@@ -122,13 +140,18 @@ def _reader_errors() -> tuple[type[Exception], ...]:
 
     zstd_error: type[Exception] = zstd_module().ZstdError
     return (ReaderError, apsw.Error, zstd_error, struct.error, RuntimeError, ValueError, KeyError,
-            TypeError, EOFError, IndexError)  # fmt: skip
+            TypeError, EOFError, IndexError, OverflowError, MemoryError, AssertionError)  # fmt: skip
 
 
-def _plain(data: bytes | memoryview) -> memoryview:
-    """The CDR bytes: bags in compression mode ``message`` pack each message by itself."""
+def _plain(data: Any) -> memoryview | None:
+    """The CDR bytes: bags in compression mode ``message`` pack each message by itself. None: damaged."""
+    if not isinstance(data, (bytes, memoryview)):
+        return None  # a damaged database gives NULL or a number
     if bytes(data[:4]) == _ZSTD_MAGIC:
-        return memoryview(zstd_module().decompress(data))
+        try:
+            return memoryview(zstd_module().decompress(data))
+        except zstd_module().ZstdError:
+            return None
     return data if isinstance(data, memoryview) else memoryview(data)
 
 
@@ -214,7 +237,7 @@ def _scan_sqlite(file: Path, problems: list[str]) -> Iterator[Raw]:
             for key, t_ns, data in database.execute("SELECT topic_id,timestamp,data FROM messages ORDER BY id"):
                 if key in names:
                     count += 1
-                    yield *names[key], t_ns, memoryview(data)
+                    yield *names[key], t_ns, data
     except sqlite3.Error as error:
         note = f"{file.name}: damaged ({error}); {count} messages before it were read"
         if note not in problems:

@@ -53,9 +53,14 @@ class RecordedActions:
         """Take one command message; ``segment`` counts the resets of the clock before it.
 
         Raises:
-            InputError: the message names none of the joints, has another number of values, or NaN.
+            InputError: the message names none of the joints, has another number of values, or lacks a field.
         """
-        times, values = self._points(kind, message, arrival)
+        try:
+            times, values = self._points(kind, message, arrival)
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"command: not a whole {kind} ({error})") from error
         self._append(arrival, segment, times, values)
 
     def add_positions(self, time: int, values: NDArray[np.float64], segment: int = 0) -> None:

@@ -115,7 +115,7 @@ class Replay(PolicyPass):
                 self._buffer.receive_joints(decoded)
             else:
                 self._buffer.receive_image(self._roles[message.topic], decoded)
-        except InputError:
+        except (InputError, AttributeError, TypeError):
             pass  # the buffer counts what it drops, and the report shows the counts
         if self._next_start is None and not self._buffer.snapshot().missing:
             self._next_start = self._next_tick = self._now

@@ -134,6 +134,8 @@ def _settings(args: argparse.Namespace) -> ReplaySettings:
         raise InputError(f"--jobs: {args.jobs} given, expected at least 1")
     if not 0.0 <= args.delay <= 60.0:
         raise InputError(f"--delay: {args.delay} given, expected seconds from 0 to 60")
+    if args.follow_log is not None and args.latency_log is not None:
+        raise InputError("--follow-log, --latency-log: both given, expected one of them")
     names = ("checkpoint", "device", "inference_rate", "chunking", "seed", "cpu_threads")
     node = read_parameters(args.params_file, {name: getattr(args, name) for name in names})
     if args.latency_log is not None:
@@ -151,10 +153,13 @@ def _jobs(args: argparse.Namespace, robot: Path, recipes: tuple[str, ...], setti
         checkpoint = str(resolve(checkpoint, "checkpoints", "").resolve())
         for recipe in recipes:
             resolve(recipe, "config/recipes")
+    bags = find_bags(args.bags)
+    if args.follow_log is not None and len(bags) != 1:
+        raise InputError(f"--follow-log: {len(bags)} bags given, expected the one of that run")
     remap = dict(_remap(given) for given in args.remap)
     names: dict[str, int] = {}
     jobs = []
-    for bag in find_bags(args.bags):
+    for bag in bags:
         stem = bag.name.removesuffix("".join(bag.suffixes)) if bag.is_file() else bag.name
         names[stem] = names.get(stem, 0) + 1
         name = stem if names[stem] == 1 else f"{stem}_{names[stem]}"

@@ -195,8 +195,9 @@ class _Reading:
         topic.arrivals.append(message.t_ns)
 
     def _joints(self, message: Any, stamp: int) -> None:
-        if len(message.name) > len(self.joint_names):
-            self.joint_names = tuple(str(name) for name in message.name)
+        named = getattr(message, "name", ())
+        if len(named) > len(self.joint_names):
+            self.joint_names = tuple(str(name) for name in named)
         self.joint_rows.append(ingest.joint_positions(message, self.robot.joint_names))
         self.joint_rows_at.append((stamp, self.segment))
 
@@ -274,7 +275,7 @@ class _Reading:
 
 def stamp_or_zero(message: Any) -> int:
     """Nanoseconds of the header's stamp; 0 where the message has none."""
-    header = getattr(message, "header", None)
-    if header is None:
+    try:
+        return int(message.header.stamp.sec) * 1_000_000_000 + int(message.header.stamp.nanosec)
+    except (AttributeError, TypeError, ValueError):
         return 0
-    return int(header.stamp.sec) * 1_000_000_000 + int(header.stamp.nanosec)
