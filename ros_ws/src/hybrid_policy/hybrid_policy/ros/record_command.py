@@ -29,6 +29,7 @@ from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.errors import InputError
 from hybrid_policy.evaluation.bag import free_space
 from hybrid_policy.evaluation.bag_writer import BagWriter
+from hybrid_policy.evaluation.extras import require
 from hybrid_policy.share import resolve
 
 #: Seconds between two looks at which topics there are.
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Record until Ctrl-C; the exit code is in the module's docstring."""
+    require("rosbags")
     robot = RobotFile.load(resolve(args.robot, "config/robots"))
     if args.seconds < 0.0:
         raise InputError(f"--seconds: {args.seconds} given, expected 0 or more")
