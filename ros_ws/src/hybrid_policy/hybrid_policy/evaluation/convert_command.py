@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from hybrid_policy.control.robot_file import Camera, Convention, RobotFile
 from hybrid_policy.errors import InputError
 from hybrid_policy.evaluation.bag_writer import COMPRESSION, STORAGE, BagWriter
+from hybrid_policy.evaluation.extras import require
 from hybrid_policy.evaluation.lerobot_episode import ACTION, STATE, LeRobotEpisode, open_episode
 from hybrid_policy.evaluation.progress import progress
 from hybrid_policy.share import resolve
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert; exit code 0, or 2 through InputError."""
+    require("rosbags", "pyarrow", "av")
     robot = RobotFile.load(resolve(args.robot, "config/robots"))
     episode = open_episode(args.dataset, args.episode)
     if not 1 <= args.jpeg_quality <= 100:

@@ -35,6 +35,7 @@ from hybrid_policy.evaluation import batch, report
 from hybrid_policy.evaluation.bag import find_bags
 from hybrid_policy.evaluation.bag_job import ENGINE, BagJob
 from hybrid_policy.evaluation.delays import DelayModel, from_log, read_log
+from hybrid_policy.evaluation.extras import require
 from hybrid_policy.evaluation.foxglove import write_layout
 from hybrid_policy.evaluation.html_report import write_page
 from hybrid_policy.evaluation.node_parameters import read_parameters
@@ -97,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Replay every bag and write the report; the exit code is in the module's docstring."""
+    require("rosbags", *([] if args.no_html else ["matplotlib"]))
     robot_path = resolve(args.robot, "config/robots")
     robot = RobotFile.load(robot_path)
     settings = _settings(args)

@@ -167,6 +167,17 @@ def test_without_ray_the_option_says_how_to_get_it(replay, sim_expert, monkeypat
     assert "Ray is not installed" in err
 
 
+def test_a_missing_extra_is_named(replay, sim_expert, monkeypatch):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else found(name, *a))
+    code, _, _, err = replay(sim_expert, page=True)
+    assert code == 2
+    assert "matplotlib: not installed; pip install 'hybrid_policy[eval]'" in err
+    assert replay(sim_expert)[0] == 0  # without the page nothing is missing
+
+
 def test_inputs_only_needs_no_policy(replay, sim_expert, tmp_path):
     code, report, _, _ = replay(sim_expert, "--inputs-only", recipes=())
     assert code == 0
