@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from hybrid_policy.evaluation.predictions import topic_name
 _PLOTS_A_ROW = 4
 
 
-def layout(robot: RobotFile, recipes: Sequence[str]) -> dict[str, Any]:
-    """The layout as Foxglove's "Import from file" reads it."""
+def layout(robot: RobotFile, recipes: Sequence[str], images: Mapping[str, str]) -> dict[str, Any]:
+    """The layout as Foxglove's "Import from file" reads it. images: camera name -> the recording's topic."""
     panels: dict[str, Any] = {}
     images = []
     for i, camera in enumerate(robot.cameras):
@@ -33,8 +33,8 @@ def layout(robot: RobotFile, recipes: Sequence[str]) -> dict[str, Any]:
     rows = [_row(plots[at : at + _PLOTS_A_ROW], "row") for at in range(0, len(plots), _PLOTS_A_ROW)]
     below = _row(rows, "column")
     whole: Any = below
-    if images:
-        whole = {"direction": "column", "first": _row(images, "row"), "second": below, "splitPercentage": 32}
+    if above:
+        whole = {"direction": "column", "first": _row(above, "row"), "second": below, "splitPercentage": 32}
     return {
         "configById": panels,
         "globalVariables": {},
@@ -44,9 +44,9 @@ def layout(robot: RobotFile, recipes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def write_layout(robot: RobotFile, recipes: Sequence[str], path: Path) -> None:
+def write_layout(robot: RobotFile, recipes: Sequence[str], images: Mapping[str, str], path: Path) -> None:
     """Write the layout file."""
-    path.write_text(json.dumps(layout(robot, recipes), indent=1) + "\n", "utf-8")
+    path.write_text(json.dumps(layout(robot, recipes, images), indent=1) + "\n", "utf-8")
 
 
 def _plot(name: str, index: int, recipes: Sequence[str]) -> dict[str, Any]:

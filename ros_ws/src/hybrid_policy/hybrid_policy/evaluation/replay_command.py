@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     made = report.build(results, _told(args, robot, recipes, settings), recipes, checks)
     args.output.mkdir(parents=True, exist_ok=True)
     report.write(made, args.output / "report.json")
-    write_layout(robot, recipes, args.output / "foxglove_layout.json")
+    write_layout(robot, recipes, _image_topics(results), args.output / "foxglove_layout.json")
     if not args.no_html:
         write_page(made, {job.name: job.folder for job in jobs}, args.output / "report.html")
     if args.json:
@@ -226,6 +226,16 @@ def _told(
         "duration": settings.duration,
         "fail_if": list(args.fail_if),
     }
+
+
+def _image_topics(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Camera name -> the topic that the first bag with it has."""
+    found: dict[str, str] = {}
+    for one in (one for result in results for one in result.get("inputs", [])):
+        role, _, name = one["role"].partition(" ")
+        if role == "camera":
+            found.setdefault(name, one["topic"])
+    return found
 
 
 def _line(result: Mapping[str, Any]) -> str:

@@ -229,6 +229,8 @@ def test_predictions_are_a_bag_that_plots(replay, sim_expert, robot, tmp_path):
     panels = layout["configById"]
     used = re.findall(r'"((?:Plot|Image)![^"]+)"', json.dumps(layout["layout"]))
     assert sorted(used) == sorted(panels)
+    images = [panel["imageMode"]["imageTopic"] for panel in panels.values() if "imageMode" in panel]
+    assert images == ["/camera_overhead/image_raw/compressed", "/camera_right_wrist/image_raw/compressed"]
     paths = {p["value"].split(".")[0] for panel in panels.values() for p in panel.get("paths", [])}
     assert paths == {"/replay/recorded", "/replay/exact/command", "/replay/rough/command"}
 
