@@ -17,14 +17,12 @@ _PLOTS_A_ROW = 4
 def layout(robot: RobotFile, recipes: Sequence[str], images: Mapping[str, str]) -> dict[str, Any]:
     """The layout as Foxglove's "Import from file" reads it. images: camera name -> the recording's topic."""
     panels: dict[str, Any] = {}
-    images = []
+    above = []
     for i, camera in enumerate(robot.cameras):
         key = f"Image!camera{i}"
-        panels[key] = {
-            "imageMode": {"imageTopic": "/" + camera.topic.lstrip("/")},
-            "foxglovePanelTitle": camera.name,
-        }
-        images.append(key)
+        topic = images.get(camera.name, "/" + camera.topic.lstrip("/"))
+        panels[key] = {"imageMode": {"imageTopic": topic}, "foxglovePanelTitle": camera.name}
+        above.append(key)
     plots = []
     for i, name in enumerate(robot.command_names):
         key = f"Plot!joint{i}"
