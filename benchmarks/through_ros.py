@@ -115,8 +115,9 @@ def main() -> int:
                 left = args.limit - (time.monotonic() - began)
                 solved = judge.until(lambda: bool(judge.status.get("success")), left)
                 seconds = time.monotonic() - began
-                results.append({"target": target, "solved": solved, "seconds": round(seconds, 2), "prompt": prompt})
-                print(f"{number + 1:3d} {prompt:28s} {'lifted' if solved else 'not'} {seconds:.1f} s", file=sys.stderr)
+                results.append({"prompt": prompt, "target": target, "solved": solved, "seconds": round(seconds, 2)})
+                word = "lifted" if solved else "not"
+                print(f"{number + 1:3d} {prompt:24s} {word:6s} {seconds:.1f} s", file=sys.stderr)
         finally:
             codes = {p.name: p.stop() for p in reversed(processes)}
         recorder = LatencyRecorder()

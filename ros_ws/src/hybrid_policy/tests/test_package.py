@@ -48,9 +48,7 @@ def test_every_ros_module_is_declared() -> None:
     used = set()
     for path in (PACKAGE / "hybrid_policy" / "ros").rglob("*.py"):
         used |= set(
-            re.findall(
-                r"^\s*(?:from|import) (\w+_msgs|std_srvs|rclpy|rosgraph_msgs)\b", path.read_text(), re.M
-            )
+            re.findall(r"^\s*(?:from|import) (\w+_msgs|std_srvs|rclpy|rosgraph_msgs)\b", path.read_text(), re.M)
         )
     assert used
     assert used <= declared
@@ -64,9 +62,7 @@ def test_executables_are_modules_with_main() -> None:
         spec = importlib.util.find_spec(module)
         assert spec is not None, script
         assert spec.origin is not None
-        defined = {
-            n.name for n in ast.parse(Path(spec.origin).read_text()).body if isinstance(n, ast.FunctionDef)
-        }
+        defined = {n.name for n in ast.parse(Path(spec.origin).read_text()).body if isinstance(n, ast.FunctionDef)}
         assert function in defined, script
     executables = {script.split("=")[0].strip() for script in scripts}
     described = {node.executable for node in bringup.nodes({**DEFAULTS, "sim": "true"})}
@@ -112,9 +108,7 @@ def test_launch_file_uses_the_same_description() -> None:
     assert {"bringup.ARGUMENTS", "bringup.nodes"} <= names
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("launch") is None, reason="launch is not installed (not on PyPI)"
-)
+@pytest.mark.skipif(importlib.util.find_spec("launch") is None, reason="launch is not installed (not on PyPI)")
 def test_launch_file_loads() -> None:
     spec = importlib.util.spec_from_file_location("robot_launch", PACKAGE / "launch" / "robot.launch.py")
     assert spec is not None
@@ -126,9 +120,7 @@ def test_launch_file_loads() -> None:
 
 
 def test_node_arguments_survive_the_command_line() -> None:
-    node = bringup.NodeDescription(
-        "x", "n", {"a": 'quo"te\\', "b": True, "c": 2.5, "d": "1.0"}, ("p.yaml",), "/left/"
-    )
+    node = bringup.NodeDescription("x", "n", {"a": 'quo"te\\', "b": True, "c": 2.5, "d": "1.0"}, ("p.yaml",), "/left/")
     arguments = node.ros_arguments()
     values = dict(a.split(":=", 1) for a in arguments if ":=" in a)
     assert yaml.safe_load(values["a"]) == 'quo"te\\'

@@ -197,9 +197,7 @@ def _match(
     if HEAD in held and EMBEDDING in held:
         head, embedding = store.info(held[HEAD]), store.info(held[EMBEDDING])
         if head.shape != embedding.shape or head.dtype != embedding.dtype:
-            problems.append(
-                f"{HEAD}: {head.shape} {head.dtype}, but tied to {embedding.shape} {embedding.dtype}"
-            )
+            problems.append(f"{HEAD}: {head.shape} {head.dtype}, but tied to {embedding.shape} {embedding.dtype}")
     for name, shape in wanted.items():
         stored = held.get(name, held.get(HEAD) if name == EMBEDDING else None)
         if stored is None:
@@ -211,9 +209,7 @@ def _match(
         if not info.floating:
             problems.append(f"{name}: {info.dtype} given, expected F32, BF16, F16 or F64")
         names[name] = stored
-    problems += [
-        f"{name}: unexpected" for name in held if name not in wanted and name not in (HEAD, UNUSED_HEAD)
-    ]
+    problems += [f"{name}: unexpected" for name in held if name not in wanted and name not in (HEAD, UNUSED_HEAD)]
     if problems:
         wrong = f"{len(problems)} of {len(wanted)} tensors"
         hint = ""

@@ -132,9 +132,7 @@ def describe(directory: Path, shapes: Shapes) -> Description:
         ids = ", ".join(a.parent.relative_to(directory / "assets").as_posix() for a in assets)
         raise InputError(f"{directory}/assets: several statistics ({ids}); name one as asset_id in dims.json")
     if not raw and not dims and asset_id is None:
-        raise InputError(
-            f"{directory}: no config.json, dims.json or assets/<id>/norm_stats.json: not a checkpoint"
-        )
+        raise InputError(f"{directory}: no config.json, dims.json or assets/<id>/norm_stats.json: not a checkpoint")
     return Description("openpi", _openpi(said, asset_id), raw, dims, asset_id)
 
 
@@ -188,9 +186,7 @@ def _vision(dims: _Table, shapes: Shapes) -> VisionConfig:
     return VisionConfig(
         width=dims.integer("hidden_size", _size(shapes, patch, 0, default.width)),
         depth=_depth(dims.integer("num_hidden_layers", found or default.depth), found, dims.path, VISION),
-        mlp_dim=dims.integer(
-            "intermediate_size", _size(shapes, first + "mlp.fc1.weight", 0, default.mlp_dim)
-        ),
+        mlp_dim=dims.integer("intermediate_size", _size(shapes, first + "mlp.fc1.weight", 0, default.mlp_dim)),
         heads=dims.integer("num_attention_heads", default.heads),
         patch=dims.integer("patch_size", _size(shapes, patch, 2, default.patch)),
     )
@@ -300,9 +296,7 @@ def _openpi(said: _Said, asset_id: str | None) -> Pi05Config:
             "(50 for openpi's base and ALOHA, 15 for pi05_droid, 10 for pi05_libero)"
         )
     horizon = config.integer("action_horizon", known.horizon if known else full.horizon)
-    in_prompt = dims.values.get(
-        "state_in_prompt", (known.state_in_prompt if known else True) and kind == "pi05"
-    )
+    in_prompt = dims.values.get("state_in_prompt", (known.state_in_prompt if known else True) and kind == "pi05")
     if not isinstance(in_prompt, bool):
         raise InputError.at(dims.path, "state_in_prompt", in_prompt, "true or false")
     return Pi05Config(

@@ -96,9 +96,7 @@ def _tensors(model: Pi05, config: Pi05Config, dtype: torch.dtype | None) -> dict
     if config.prefix in GEMMA_VARIANTS.values() and config.expert in GEMMA_VARIANTS.values():
         # sizes that LeRobot can build; its strict loading wants this head, which nothing uses
         head = tensors[f"model.{HEAD}"]
-        tensors[f"model.{UNUSED_HEAD}"] = torch.zeros(
-            config.vocab_size, config.expert.width, dtype=head.dtype
-        )
+        tensors[f"model.{UNUSED_HEAD}"] = torch.zeros(config.vocab_size, config.expert.width, dtype=head.dtype)
     return tensors
 
 

@@ -116,21 +116,15 @@ class Pi05Config:
         if self.expert.width % 2:
             raise InputError(f"Pi05Config: expert.width {self.expert.width} is odd; sine-cosine needs pairs")
         if self.action_dim > self.max_action_dim:
-            raise InputError(
-                f"Pi05Config: action_dim {self.action_dim} above max_action_dim {self.max_action_dim}"
-            )
+            raise InputError(f"Pi05Config: action_dim {self.action_dim} above max_action_dim {self.max_action_dim}")
         if self.kind == "pi0" and self.state_dim > self.max_state_dim:
-            raise InputError(
-                f"Pi05Config: state_dim {self.state_dim} above max_state_dim {self.max_state_dim}"
-            )
+            raise InputError(f"Pi05Config: state_dim {self.state_dim} above max_state_dim {self.max_state_dim}")
         if self.image_size < self.vision.patch:
             raise InputError(f"Pi05Config: image_size {self.image_size} below patch {self.vision.patch}")
         if not self.cameras or len(set(self.cameras)) != len(self.cameras):
             raise InputError(f"Pi05Config.cameras: {self.cameras} given, expected at least one, none twice")
         if not 0 < self.min_period < self.max_period:
-            raise InputError(
-                f"Pi05Config: periods {self.min_period}, {self.max_period} given, expected 0 < min < max"
-            )
+            raise InputError(f"Pi05Config: periods {self.min_period}, {self.max_period} given, expected 0 < min < max")
 
     @property
     def image_tokens(self) -> int:

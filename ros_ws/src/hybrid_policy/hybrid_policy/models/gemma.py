@@ -177,9 +177,7 @@ def make_norm(width: int, condition_width: int | None) -> nn.Module:
 class Gemma(nn.Module):
     """The layers and the last norm; with ``vocab_size`` also the embedding of tokens."""
 
-    def __init__(
-        self, config: GemmaConfig, vocab_size: int | None = None, condition_width: int | None = None
-    ) -> None:
+    def __init__(self, config: GemmaConfig, vocab_size: int | None = None, condition_width: int | None = None) -> None:
         super().__init__()
         if vocab_size is not None:
             self.embed_tokens = nn.Embedding(vocab_size, config.width)

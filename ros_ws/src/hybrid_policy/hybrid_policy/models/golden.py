@@ -141,9 +141,7 @@ class _Reader:
             if name is not None:
                 images[:, i], present[:, i] = self.image(name, batch), True
         if not bool(present.any()):
-            raise InputError(
-                f"{self.path}: {self.start}observation.images.*: none of {', '.join(config.cameras)}"
-            )
+            raise InputError(f"{self.path}: {self.start}observation.images.*: none of {', '.join(config.cameras)}")
         return images, present
 
     def image(self, name: str, batch: int) -> Tensor:

@@ -64,9 +64,7 @@ def quantised_layers(directory: Path) -> dict[str, str]:
     table = read_json(path).get("quantization")
     layers = table.get("quantized_layers") if isinstance(table, dict) else None
     if not isinstance(layers, dict) or not layers:
-        raise InputError.at(
-            path, "quantization.quantized_layers", layers, "an object: layer -> its algorithm"
-        )
+        raise InputError.at(path, "quantization.quantized_layers", layers, "an object: layer -> its algorithm")
     return {
         canonical(site): str(entry.get("quant_algo")) if isinstance(entry, dict) else "unknown"
         for site, entry in layers.items()
@@ -77,9 +75,7 @@ def _normalization(value: Normalization | None) -> str:
     if value is None:
         return "no statistics"
     return (
-        value.mode
-        if value.mode == "identity"
-        else f"{value.mode}, {value.a.size} dimensions, {value.style}'s formula"
+        value.mode if value.mode == "identity" else f"{value.mode}, {value.a.size} dimensions, {value.style}'s formula"
     )
 
 

@@ -75,9 +75,7 @@ class Normalization:
             return cls(mode, style, epsilon)
         missing = [name for name in names if name not in statistics]
         if missing:
-            raise InputError(
-                f"{what}: {mode} normalisation needs {', '.join(names)}; missing: {', '.join(missing)}"
-            )
+            raise InputError(f"{what}: {mode} normalisation needs {', '.join(names)}; missing: {', '.join(missing)}")
         pair: list[Floats] = []
         for name in names:
             values: Floats = np.ravel(statistics[name]).astype(dtype)
@@ -89,9 +87,7 @@ class Normalization:
         spread = pair[1] if mode == "mean_std" else pair[1] - pair[0]
         if (spread < 0).any():
             at = int(np.argmin(spread))
-            raise InputError(
-                f"{what}: {names[1]} is below {'0' if mode == 'mean_std' else names[0]} in dimension {at}"
-            )
+            raise InputError(f"{what}: {names[1]} is below {'0' if mode == 'mean_std' else names[0]} in dimension {at}")
         return cls(mode, style, epsilon, pair[0], pair[1])
 
     @property

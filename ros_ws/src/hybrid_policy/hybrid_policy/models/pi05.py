@@ -227,9 +227,7 @@ class Pi05(nn.Module):
         norms = [norm for norm in self.expert.norms() if isinstance(norm, AdaRMSNorm)]
         return torch.stack([norm.dense(condition.to(norm.dense.weight.dtype)) for norm in norms]).float()
 
-    def velocity(
-        self, x: Tensor, t: Tensor | None, cache: PrefixCache, modulation: Tensor | None = None
-    ) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor | None, cache: PrefixCache, modulation: Tensor | None = None) -> Tensor:
         """The learnt field at noisy actions.
 
         Args:

@@ -119,8 +119,7 @@ class Processors:
         ids = self.tokenizer.encode(text, newline_apart=self.prompt_style == "openpi_plain")
         if max(ids, default=0) >= self.config.vocab_size:
             raise InputError(
-                f"{self.tokenizer.path}: gives token {max(ids)}, "
-                f"the checkpoint knows {self.config.vocab_size}"
+                f"{self.tokenizer.path}: gives token {max(ids)}, the checkpoint knows {self.config.vocab_size}"
             )
         if not ids:
             raise InputError(f"{self.tokenizer.path}: gives no token for the prompt {text!r}")
@@ -189,9 +188,7 @@ class Processors:
         on = np.flatnonzero(steps)
         return on, steps[on]
 
-    def normalized_actions(
-        self, actions: NDArray[np.floating], state: NDArray[np.floating]
-    ) -> NDArray[np.float32]:
+    def normalized_actions(self, actions: NDArray[np.floating], state: NDArray[np.floating]) -> NDArray[np.float32]:
         """The inverse of ``finish``, for training: [..., H, action_dim] -> [..., H, max_action_dim].
 
         Args:

@@ -36,9 +36,7 @@ _KNOWN = _NEUTRAL | {
 }
 
 
-def read_processors(
-    directory: Path, description: Description, tokenizer: str | Path | None = None
-) -> Processors:
+def read_processors(directory: Path, description: Description, tokenizer: str | Path | None = None) -> Processors:
     """The processors of a checkpoint directory; what it lacks is listed in ``missing``, not raised.
 
     Raises:
@@ -48,9 +46,7 @@ def read_processors(
     read = _lerobot if description.form == "lerobot" else _openpi
     processors = read(directory, description)
     known = OPENPI_ASSETS.get(description.asset_id or "")
-    processors.integrated = _integrated(
-        directory / "dims.json", description, known.integrated if known else ()
-    )
+    processors.integrated = _integrated(directory / "dims.json", description, known.integrated if known else ())
     processors.config = processors.config.replace(state_in_prompt=processors.prompt_style == "state")
     processors.tokenizer = found
     if found is None:
@@ -76,9 +72,7 @@ def _openpi(directory: Path, description: Description) -> Processors:
         table = stats.get(key) if isinstance(stats, dict) else None
         if not isinstance(table, dict):
             raise InputError.at(path, f"norm_stats.{key}", table, "an object with mean, std, q01 and q99")
-        values = {
-            name: _numbers(path, f"{key}.{name}", value) for name, value in table.items() if value is not None
-        }
+        values = {name: _numbers(path, f"{key}.{name}", value) for name, value in table.items() if value is not None}
         return Normalization.of(mode, "openpi", values, dimensions, f"{path}: {key}")
 
     return Processors(
@@ -100,9 +94,7 @@ def _relative(path: Path, description: Description, default: tuple[bool, ...]) -
     limit = min(description.config.action_dim, description.config.state_dim)
     booleans = isinstance(given, list) and all(isinstance(v, bool) for v in given)
     if not booleans or len(given) > limit:
-        raise InputError.at(
-            path, "relative_actions", given, "a list of true and false, one an action dimension"
-        )
+        raise InputError.at(path, "relative_actions", given, "a list of true and false, one an action dimension")
     return tuple(given)
 
 
@@ -113,9 +105,7 @@ def _integrated(path: Path, description: Description, default: tuple[float, ...]
         return default
     numbers = isinstance(given, list) and all(type(v) in (int, float) and abs(v) < 1e9 for v in given)
     if not numbers or len(given) > min(limit, description.config.state_dim):
-        raise InputError.at(
-            path, "integrated_actions", given, "a list of numbers, at most one an action dimension"
-        )
+        raise InputError.at(path, "integrated_actions", given, "a list of numbers, at most one an action dimension")
     return tuple(float(v) for v in given)
 
 
@@ -131,12 +121,8 @@ def _steps(path: Path) -> list[tuple[str, dict[str, Any], str | None]]:
         name, state_file = step.get("registry_name"), step.get("state_file")
         if name not in _KNOWN:
             raise InputError.at(path, f"steps[{i}].registry_name", name or step.get("class"), "a known step")
-        if state_file is not None and (
-            not isinstance(state_file, str) or Path(state_file).name != state_file
-        ):
-            raise InputError.at(
-                path, f"steps[{i}].state_file", state_file, "the name of a file in this directory"
-            )
+        if state_file is not None and (not isinstance(state_file, str) or Path(state_file).name != state_file):
+            raise InputError.at(path, f"steps[{i}].state_file", state_file, "the name of a file in this directory")
         read.append((str(name), step.get("config", {}), state_file))
     return read
 
@@ -153,9 +139,7 @@ def _lerobot(directory: Path, description: Description) -> Processors:
         for name, step, state_file in _steps(before):
             if name == "normalizer_processor":
                 found = _Step(before, step, state_file)
-                processors.state = found.part(
-                    "STATE", "observation.state", config.state_dim, processors.missing
-                )
+                processors.state = found.part("STATE", "observation.state", config.state_dim, processors.missing)
             elif name == "pi05_prepare_state_tokenizer_processor_step":
                 processors.prompt_style = "state" if step.get("include_state_in_prompt", True) else "task"
             elif name == "relative_actions_processor":

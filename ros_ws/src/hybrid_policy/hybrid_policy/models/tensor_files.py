@@ -118,9 +118,7 @@ def _entry(path: Path, name: str, value: Any, data_begin: int) -> TensorInfo:
         raise InputError.at(path, f"{name}: data_offsets", offsets, "two rising whole numbers")
     bits = math.prod(shape) * DTYPES[dtype][1]
     if bits != 8 * (offsets[1] - offsets[0]):
-        raise InputError.at(
-            path, f"{name}: data_offsets", offsets, f"{bits / 8:g} bytes for {dtype} of shape {shape}"
-        )
+        raise InputError.at(path, f"{name}: data_offsets", offsets, f"{bits / 8:g} bytes for {dtype} of shape {shape}")
     return TensorInfo(path, dtype, tuple(shape), data_begin + offsets[0], data_begin + offsets[1])
 
 
@@ -140,9 +138,7 @@ class TensorFile:
                     )
                 length = int.from_bytes(start, "little")
                 if len(start) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                    raise InputError(
-                        f"{path}: not a whole safetensors file: {size} bytes with a header of {length}"
-                    )
+                    raise InputError(f"{path}: not a whole safetensors file: {size} bytes with a header of {length}")
                 header = file.read(length)
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
@@ -238,14 +234,11 @@ class TensorStore:
                 )
         store = cls(TensorFile(directory / file) for file in sorted(set(weight_map.values())))
         problems = [
-            f"{name}: said to be in {file}, "
-            + (f"is in {store.info(name).file.name}" if name in store else "is not")
+            f"{name}: said to be in {file}, " + (f"is in {store.info(name).file.name}" if name in store else "is not")
             for name, file in weight_map.items()
             if name not in store or store.info(name).file.name != file
         ]
-        problems += [
-            f"{name}: in a shard, not in the index" for name in store.names() if name not in weight_map
-        ]
+        problems += [f"{name}: in a shard, not in the index" for name in store.names() if name not in weight_map]
         if problems:
             raise InputError(f"{index}: disagrees with its shards:\n  " + "\n  ".join(problems))
         return store

@@ -127,16 +127,10 @@ def _progress(cases: list[GoldenCase], precision: str, quiet: bool) -> Any:
 
 
 def _print(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    print(
-        f"{'case':<10}{'precision':<11}{'steps':>5}{'max |Δ|':>12}{'relative':>12}{'openpi’s t':>13}  verdict"
-    )
+    print(f"{'case':<10}{'precision':<11}{'steps':>5}{'max |Δ|':>12}{'relative':>12}{'openpi’s t':>13}  verdict")
     for row in rows:
         other = f"{row['max_abs_openpi_time']:.2e}" if "max_abs_openpi_time" in row else ""
-        bound = (
-            f"max |Δ| <= {args.tolerance:g}"
-            if row["precision"] == "float32"
-            else f"relative <= {args.relative:g}"
-        )
+        bound = f"max |Δ| <= {args.tolerance:g}" if row["precision"] == "float32" else f"relative <= {args.relative:g}"
         print(
             f"{row['case']:<10}{row['precision']:<11}{row['steps']:>5}{row['max_abs']:>12.2e}{row['relative']:>12.2e}"
             f"{other:>13}  {'ok' if row['ok'] else 'FAILED'} ({bound})"

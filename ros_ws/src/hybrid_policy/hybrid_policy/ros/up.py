@@ -50,9 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{argument.description} (default: {default or 'none'})",
         )
     parser.add_argument("--prompt", default="", help="the task; default: the robot file's")
-    parser.add_argument(
-        "--seconds", type=float, default=20.0, help="longest run (default: 20; 0: until Ctrl-C)"
-    )
+    parser.add_argument("--seconds", type=float, default=20.0, help="longest run (default: 20; 0: until Ctrl-C)")
     parser.add_argument("--seed", type=int, default=-1, help="seed of the simulated scene (default: drawn)")
     parser.add_argument("--keep-going", action="store_true", help="do not end when the cube is lifted")
     parser.add_argument("--output", type=Path, default=Path("out/run"), help="folder (default: out/run)")
@@ -97,9 +95,7 @@ def run(args: argparse.Namespace) -> int:
     return _conclude(console, monitor, codes, output, args.json)
 
 
-def _watch(
-    processes: list[NodeProcess], monitor: _Monitor, console: Console, args: argparse.Namespace
-) -> None:
+def _watch(processes: list[NodeProcess], monitor: _Monitor, console: Console, args: argparse.Namespace) -> None:
     """Show the live table until the run is over."""
     began = time.monotonic()
     with Live(console=console, refresh_per_second=4, transient=True) as live:

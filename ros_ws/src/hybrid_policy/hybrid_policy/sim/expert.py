@@ -122,14 +122,10 @@ def next_set_points(state: ExpertState, settings: ExpertSettings = SETTINGS) -> 
     goal = np.where(has[:, None], lifted, goal)
     # Low beside another place: rise before going sideways, or the fingers would sweep the table.
     low = (away > settings.aside) & (state.tip[:, 2] < settings.grasp_height + settings.clearance)
-    risen = np.concatenate(
-        [commanded_tip[:, :2], (commanded_tip[:, 2] + settings.clearance)[:, None]], axis=1
-    )
+    risen = np.concatenate([commanded_tip[:, :2], (commanded_tip[:, 2] + settings.clearance)[:, None]], axis=1)
     goal = np.where((low & ~at)[:, None], risen, goal)
     burdened = holds_other(state, settings)
-    down = np.maximum(
-        commanded_tip[:, 2] - settings.put_down_speed * PERIOD / settings.gain, settings.grasp_height
-    )
+    down = np.maximum(commanded_tip[:, 2] - settings.put_down_speed * PERIOD / settings.gain, settings.grasp_height)
     put_down = np.concatenate([commanded_tip[:, :2], down[:, None]], axis=1)
     goal = np.where(burdened[:, None], put_down, goal)
     at = at | (burdened & (state.tip[:, 2] > settings.grasp_height + settings.at_cube_z))

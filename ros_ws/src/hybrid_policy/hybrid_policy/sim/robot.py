@@ -47,9 +47,7 @@ def asset_folder() -> Path:
     """
     spec = importlib.util.find_spec("gym_aloha")
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(
-            "gym_aloha: not installed, expected its robot model (pip install --no-deps gym-aloha==0.1.5)"
-        )
+        raise InputError("gym_aloha: not installed, expected its robot model (pip install --no-deps gym-aloha==0.1.5)")
     folder = Path(next(iter(spec.submodule_search_locations))) / "assets"
     if not (folder / "bimanual_viperx_transfer_cube.xml").is_file():
         raise InputError(f"{folder}: no bimanual_viperx_transfer_cube.xml, expected gym-aloha 0.1.5's assets")

@@ -88,8 +88,7 @@ def sample_scene(
             table=tuple((random.uniform(0.12, 0.35) + random.uniform(-0.03, 0.03, 3)).tolist()),
         )
     cubes = tuple(
-        _sample_cube(random, colour, place, settings)
-        for colour, place in zip(colours, _places(random, len(colours)))
+        _sample_cube(random, colour, place, settings) for colour, place in zip(colours, _places(random, len(colours)))
     )
     return Scene(cubes, target, phrase.format(target), tuple(start.tolist()), look)
 
@@ -103,15 +102,11 @@ def _places(random: np.random.Generator, count: int) -> list[NDArray[np.float64]
             return places
 
 
-def _sample_cube(
-    random: np.random.Generator, colour: str, place: NDArray[np.float64], settings: SceneSettings
-) -> Cube:
+def _sample_cube(random: np.random.Generator, colour: str, place: NDArray[np.float64], settings: SceneSettings) -> Cube:
     x, y = float(place[0]), float(place[1])
     if not settings.randomise:
         return Cube(colour, x, y)
-    shade = np.clip(
-        np.asarray(COLOURS[colour]) * random.uniform(0.65, 1.0) + random.uniform(0, 0.15, 3), 0, 1
-    )
+    shade = np.clip(np.asarray(COLOURS[colour]) * random.uniform(0.65, 1.0) + random.uniform(0, 0.15, 3), 0, 1)
     half = CUBE_HALF * float(random.uniform(0.9, 1.1))
     return Cube(colour, x, y, float(random.uniform(-0.25, 0.25)), half, tuple(shade.tolist()))
 

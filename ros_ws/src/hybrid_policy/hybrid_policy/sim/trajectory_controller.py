@@ -75,9 +75,7 @@ class TrajectoryController:
         options: the controller's parameters.
     """
 
-    def __init__(
-        self, joint_names: Sequence[str], positions: Array, options: ControllerOptions | None = None
-    ) -> None:
+    def __init__(self, joint_names: Sequence[str], positions: Array, options: ControllerOptions | None = None) -> None:
         self.joint_names = tuple(joint_names)
         self.options = options or ControllerOptions()
         self.accepted = 0
@@ -225,15 +223,12 @@ def interpolate(left: _Knot, right: _Knot, now: int) -> tuple[Array, Array, Arra
             v0,
             a0 / 2,
             (20 * change - (8 * v1 + 12 * v0) * duration - (3 * a0 - a1) * duration**2) / (2 * duration**3),
-            (-30 * change + (14 * v1 + 16 * v0) * duration + (3 * a0 - 2 * a1) * duration**2)
-            / (2 * duration**4),
+            (-30 * change + (14 * v1 + 16 * v0) * duration + (3 * a0 - 2 * a1) * duration**2) / (2 * duration**4),
             (12 * change - 6 * (v1 + v0) * duration + (a1 - a0) * duration**2) / (2 * duration**5),
         ]
     powers = range(len(coefficients))
     position = sum((c * t**k for k, c in zip(powers, coefficients)), np.zeros_like(change))
-    velocity = sum(
-        (k * c * t ** (k - 1) for k, c in zip(powers, coefficients) if k > 0), np.zeros_like(change)
-    )
+    velocity = sum((k * c * t ** (k - 1) for k, c in zip(powers, coefficients) if k > 0), np.zeros_like(change))
     acceleration = sum(
         (k * (k - 1) * c * t ** (k - 2) for k, c in zip(powers, coefficients) if k > 1), np.zeros_like(change)
     )

@@ -57,9 +57,7 @@ def test_full_size_directories_are_described_from_their_own_files(fixtures, tmp_
         assert (config.horizon, config.state_dim, config.action_dim) == (horizon, state, action)
         assert (len(config.cameras), config.state_in_prompt) == (cameras, in_prompt)
         full = PI05_FULL.replace(horizon=1, state_dim=1, action_dim=1, cameras=("a",), state_in_prompt=True)
-        assert (
-            config.replace(horizon=1, state_dim=1, action_dim=1, cameras=("a",), state_in_prompt=True) == full
-        )
+        assert config.replace(horizon=1, state_dim=1, action_dim=1, cameras=("a",), state_in_prompt=True) == full
 
 
 def sampled(policy: object) -> torch.Tensor:
@@ -127,8 +125,7 @@ def test_openpi_directory(tmp_path, statistics) -> None:
     tensors = load_file(tmp_path / "ours" / "model.safetensors")
     save_file({canonical(k): v for k, v in tensors.items()}, folder / "model.safetensors")
     stats = {
-        key: {"mean": [0.0] * 9, "std": [1.0] * 9, "q01": [-1.0] * 9, "q99": [3.0] * 9}
-        for key in ("state", "actions")
+        key: {"mean": [0.0] * 9, "std": [1.0] * 9, "q01": [-1.0] * 9, "q99": [3.0] * 9} for key in ("state", "actions")
     }
     (folder / "assets" / "me" / "robot" / "norm_stats.json").write_text(json.dumps({"norm_stats": stats}))
     dims = json.loads((folder / "dims.json").read_text())
@@ -180,9 +177,7 @@ def shard(directory: Path, parts: int = 3) -> dict[str, str]:
 
 
 def write_index(directory: Path, weight_map: dict[str, str]) -> None:
-    (directory / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def test_shards(tiny_copy, tiny) -> None:
@@ -311,9 +306,7 @@ def test_half_precision_files(tiny_copy, tiny) -> None:
 def test_inspect(tiny, tmp_path, statistics, capsys) -> None:
     assert main(["inspect", str(tiny), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert sum(found["parameters"].values()) == sum(
-        p.numel() for p in load_checkpoint(tiny).model.parameters()
-    )
+    assert sum(found["parameters"].values()) == sum(p.numel() for p in load_checkpoint(tiny).model.parameters())
     assert len(found["missing"]) == 3
     config = make_config()
     save_checkpoint(tmp_path, Pi05(config), config, statistics)

@@ -47,9 +47,7 @@ def extended(r: random.Random) -> bytes:
 
 def wrong_dtype(r: random.Random) -> bytes:
     header = copied()
-    header[r.choice(USED)]["dtype"] = r.choice(
-        ["I32", "U32", "F16", "BF16", "I64", "BOOL", "F9", 7, None, [], "F64"]
-    )
+    header[r.choice(USED)]["dtype"] = r.choice(["I32", "U32", "F16", "BF16", "I64", "BOOL", "F9", 7, None, [], "F64"])
     return build(header)
 
 
@@ -82,9 +80,7 @@ def reshaped_with_the_same_bytes(r: random.Random) -> bytes:
 def renamed(r: random.Random) -> bytes:
     header = copied()
     name = r.choice(USED)
-    new = r.choice(
-        [name + "x", name[6:-1], "", "model." + name, name.replace("model.", "model_", 1), r.choice(NAMES)]
-    )
+    new = r.choice([name + "x", name[6:-1], "", "model." + name, name.replace("model.", "model_", 1), r.choice(NAMES)])
     entry = header.pop(name)
     header[new] = entry
     return build(header)
@@ -135,9 +131,7 @@ def swapped_tensors(r: random.Random) -> bytes:
 
 
 def huge_header(r: random.Random) -> bytes:
-    return build(
-        HEADER, length=r.choice([2**63 - 1, 2**64 - 1, 100_000_001, len(SOURCE), len(SOURCE) - 7, 2**40])
-    )
+    return build(HEADER, length=r.choice([2**63 - 1, 2**64 - 1, 100_000_001, len(SOURCE), len(SOURCE) - 7, 2**40]))
 
 
 def small_header(r: random.Random) -> bytes:

@@ -25,9 +25,7 @@ def policy() -> object:
 def sample(policy: object, case: object, **changes: object) -> torch.Tensor:
     arguments = {"num_steps": case.steps, **changes}  # type: ignore[attr-defined]
     model, config = policy.model, policy.config  # type: ignore[attr-defined]
-    actions = model.sample_actions(
-        case.images, case.image_mask, case.tokens, case.token_mask, case.noise, **arguments
-    )
+    actions = model.sample_actions(case.images, case.image_mask, case.tokens, case.token_mask, case.noise, **arguments)
     return actions[..., : config.action_dim]
 
 

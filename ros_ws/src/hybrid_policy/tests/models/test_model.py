@@ -68,20 +68,15 @@ def joint_velocity(model: Pi05, batch, x: torch.Tensor, t: torch.Tensor) -> torc
         for i, layer in enumerate(pair):
             groups = q[i].shape[2] // config.prefix.kv_heads
             seen_k, seen_v = keys.repeat_interleave(groups, 2), values.repeat_interleave(groups, 2)
-            scores = (
-                torch.einsum("bshd,bthd->bhst", rotate(q[i], places[i]), seen_k) / config.prefix.head_dim**0.5
-            )
+            scores = torch.einsum("bshd,bthd->bhst", rotate(q[i], places[i]), seen_k) / config.prefix.head_dim**0.5
             weights = scores.masked_fill(~rows[i][:, None], -1e30).softmax(-1)
             h = (
                 streams[i]
-                + layer.self_attn.o_proj(torch.einsum("bhst,bthd->bshd", weights, seen_v).flatten(2))
-                * gates[i]
+                + layer.self_attn.o_proj(torch.einsum("bhst,bthd->bshd", weights, seen_v).flatten(2)) * gates[i]
             )
             y, gate = norm(layer.post_attention_layernorm, h)
             mlp = layer.mlp
-            streams[i] = (
-                h + mlp.down_proj(F.gelu(mlp.gate_proj(y), approximate="tanh") * mlp.up_proj(y)) * gate
-            )
+            streams[i] = h + mlp.down_proj(F.gelu(mlp.gate_proj(y), approximate="tanh") * mlp.up_proj(y)) * gate
     return model.action_out_proj(norm(model.expert.norm, streams[1])[0][:, -config.horizon :])
 
 
@@ -149,9 +144,7 @@ def test_given_actions_stay_as_they_are(small_model, make_batch) -> None:
     actions = small_model.sample_actions(*arguments, state=batch.state, clean=given, clean_count=2)
     assert torch.equal(actions[:, :2], given[:, :2])
     free = small_model.sample_actions(*arguments, state=batch.state)
-    assert torch.equal(
-        small_model.sample_actions(*arguments, state=batch.state, clean=given, clean_count=0), free
-    )
+    assert torch.equal(small_model.sample_actions(*arguments, state=batch.state, clean=given, clean_count=0), free)
     assert not torch.allclose(actions[:, 2:], free[:, 2:], atol=1e-4)
 
 

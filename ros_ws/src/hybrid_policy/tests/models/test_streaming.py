@@ -52,12 +52,8 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path) -> None:
         cameras=("a",),
     )
     sparse_checkpoint(tmp_path, config)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=True)
     grown, read = (int(word) for word in done.stdout.split())
     largest = 8192 * 256 * 4 >> 20
     assert read > 140
-    assert (
-        grown < 6 * largest
-    )  # one tensor, and a piece of it mapped and checked; a whole load would be `read`
+    assert grown < 6 * largest  # one tensor, and a piece of it mapped and checked; a whole load would be `read`
