@@ -197,6 +197,7 @@ def _runs(
     job: BagJob, known: Survey, robot: RobotFile, source: BagSource, recorded: metrics.Recorded, tell: Tell
 ) -> list[PolicyPass]:
     runs: list[PolicyPass] = []
+    length = min(known.seconds, job.settings.duration or known.seconds)
     log = read_log(job.follow) if job.follow is not None else []
     sent = list(published(source, known.match.command)) if log else []
     for i, recipe in enumerate(job.recipes):
@@ -211,7 +212,7 @@ def _runs(
         else:
             one = Replay(robot, policy, known, settings=job.settings, recipe=recipe, score=score)
         for seconds in one.run(source):
-            share = seconds / known.seconds if known.seconds else 1.0
+            share = seconds / length if length else 1.0
             tell((i + min(share, 1.0)) / len(job.recipes), recipe)
         runs.append(one)
     return runs

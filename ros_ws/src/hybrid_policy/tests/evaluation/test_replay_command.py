@@ -284,3 +284,18 @@ def test_a_folder_of_bags_is_every_bag_in_it(replay, sim_humble, tmp_path):
     code, report, _, _ = replay(tmp_path / "many", "--json")
     assert code == 0
     assert [b["name"] for b in report["bags"]] == ["a", "b"]
+
+
+def test_the_shipped_policy_does_what_the_expert_did(sim_expert, tmp_path):
+    """The real engine, bf16 and the hybrid recipe, on the first two seconds of the expert's episode."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    threads = torch.get_num_threads()
+    given = ["--robot", "sim_aloha", "--recipe", "bf16", "--recipe", "seed", "--device", "cpu", "--duration", "2"]
+    conditions = "bf16:skill<0.9,recorded_mae>0.02,action_cosine<0.999,guard_refused>0,holds>0"
+    out = tmp_path / "out"
+    code = main(["replay", str(sim_expert), *given, "--fail-if", conditions, "--no-html", "-o", str(out)])
+    torch.set_num_threads(threads)
+    report = json.loads((out / "report.json").read_text())
+    assert code == 0, report["verdict"]["line"]
+    stages = report["measured"]["bags"]["sim_expert"]["latency"]["seed"]
+    assert set(stages) == {"preprocess", "vision", "prefix", "denoise", "postprocess", "infer"}
