@@ -23,6 +23,7 @@ CHANNELS = {"rgb8": 3, "bgr8": 3, "mono8": 1}
 MAX_PIXELS = 8192 * 8192
 MAX_PROMPT_BYTES = 4096
 _MAX_NAMES = 4096
+_UINT32 = 2**32 - 1
 
 
 def stamp_ns(message: Any) -> int:
@@ -167,7 +168,9 @@ def _raw_layout(message: Any, camera: Camera) -> tuple[NDArray[np.uint8], int, i
         height, width, step = (int(_attribute(message, key)) for key in ("height", "width", "step"))
     except (TypeError, ValueError, OverflowError):
         raise InputError(f"{camera.name}: height, width, step: not numbers, expected numbers") from None
-    if height <= 0 or width <= 0 or height * width > MAX_PIXELS:
+    if not all(0 <= number <= _UINT32 for number in (height, width, step)):
+        raise InputError(f"{camera.name}: height, width, step: beyond 32 bits, expected uint32 numbers")
+    if height == 0 or width == 0 or height * width > MAX_PIXELS:
         raise InputError(f"{camera.name}: height x width: {height} x {width} given, expected 1 to {MAX_PIXELS} pixels")
     row = width * CHANNELS[encoding]
     if step < row:
