@@ -5,6 +5,7 @@
 # PYTHON chooses the interpreter (3.10 to 3.13), TORCH_INDEX_URL where torch comes from.
 set -euo pipefail
 cd "$(dirname "$0")"
+PATH=$PATH:/usr/sbin:/sbin  # ldconfig is there, and not on every user's PATH
 what=${1:-run}
 python=${PYTHON:-python3}
 venv=.venv

@@ -12,6 +12,7 @@ import json
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ from hybrid_policy.share import resolve
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 #: How much faster than the steady clock simulated time may run before that counts as a jump.
 FASTEST_SIMULATION = 10.0
+#: Seconds after its topic is opened before a node may command: DDS discovery of another commander takes time.
+DISCOVERY_TIME = 1.0
 
 
 class PolicyNode(LifecycleNode):
@@ -68,6 +71,7 @@ class PolicyNode(LifecycleNode):
         self._shadow: ShadowCheck | None = None
         self._switch_recipe = False
         self._inputs: Inputs | None = None
+        self._opened = 0.0
         self._recorder: LatencyRecorder | None = None
         try:
             parameters.declare(self)
@@ -131,6 +135,7 @@ class PolicyNode(LifecycleNode):
         if values["prompt"].strip():
             buffer.set_prompt(values["prompt"])
         self._output = make_output(self, self.robot, policy.spec.horizon, values["dry_run"])
+        self._opened = time.monotonic()
         self._recorder = LatencyRecorder(settings.log_path(values["latency_log"], self.get_name()))
         if self._recorder.error:
             self.reports.error("log", f"latency_log: {self._recorder.error}; going on without it")
@@ -313,9 +318,13 @@ class PolicyNode(LifecycleNode):
         if self._loop is None or self.values["dry_run"]:
             return
         others = self.count_publishers(self._output.topic) - 1
-        self._loop.contended = f"{self._output.topic}: {others} other publisher(s), expected none" if others > 0 else ""
         if others > 0:
+            self._loop.contended = f"{self._output.topic}: {others} other publisher(s), expected none"
             self.reports.warn("contended", self._loop.contended)
+        elif time.monotonic() - self._opened < DISCOVERY_TIME:
+            self._loop.contended = f"{self._output.topic}: looking for other publishers"
+        else:
+            self._loop.contended = ""
 
     def _report(self) -> None:
         """Diagnostics and ``~/status``, once a second."""
