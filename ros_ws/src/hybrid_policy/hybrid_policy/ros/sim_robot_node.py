@@ -43,6 +43,7 @@ from hybrid_policy.sim.trajectory_controller import Trajectory, TrajectoryContro
 #: name -> (default, description)
 PARAMETERS: dict[str, tuple[object, str]] = {
     "robot": ("sim_aloha", "Robot file with the topics to publish: a path, or the name of one that ships"),
+    "prompt": ("", "The task to judge until a prompt arrives on its topic; empty: the robot file's"),
     "seed": (-1, "Seed of the scenes; -1 draws one"),
     "randomise": (True, "Draw light, shades, sizes and the start pose at random too"),
     "distractor": (False, "Put a third cube on the table"),
@@ -75,7 +76,7 @@ class SimRobotNode(Node):
         self._robot = SimRobot(sample_scene(self._random, self._settings), self._seed)
         self._shown = SimRobot(self._robot.scene, self._seed)  # the cameras' own copy, drawn by their thread
         self._controller = TrajectoryController(JOINT_NAMES, self._robot.positions)
-        self._target = colour_in(self._file.prompt or self._robot.scene.prompt)
+        self._target = colour_in(str(value["prompt"]) or self._file.prompt or self._robot.scene.prompt)
         self._lock = threading.Lock()  # robot, controller, target and scene
         self._verdict = Verdict(False, False, {})
         self._solved_at: float | None = None

@@ -76,13 +76,13 @@ def run(args: argparse.Namespace) -> int:
             if args.prompt:
                 node.parameters["prompt"] = args.prompt
         else:
-            node.parameters.update({"film": str(output), "seed": args.seed})
+            node.parameters.update({"film": str(output), "seed": args.seed, "prompt": args.prompt})
     console = Console(stderr=args.json)
     console.print(
         f"[bold]{robot.name}[/] · checkpoint {values['checkpoint']} · recipe {values['recipe']} · "
         f"ROS_DOMAIN_ID {environment['ROS_DOMAIN_ID']} · output {output}"
     )
-    monitor = _Monitor(robot, args.prompt, output / "latency.jsonl")
+    monitor = _Monitor(output / "latency.jsonl")
     processes = [NodeProcess.start(n, output / f"{n.name}.log", environment) for n in described]
     try:
         _watch(processes, monitor, console, args)
@@ -144,7 +144,7 @@ def _conclude(console: Console, monitor: _Monitor, codes: dict[str, int], output
 class _Monitor:
     """What is known of the run: chunks from the latency log, the task from the simulator's topic."""
 
-    def __init__(self, robot: RobotFile, prompt: str, log: Path) -> None:
+    def __init__(self, log: Path) -> None:
         self.recorder = LatencyRecorder()
         self.task: dict[str, object] = {}
         self.first: float | None = None
@@ -155,9 +155,6 @@ class _Monitor:
         self._node = rclpy.create_node("up")
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self._node.create_subscription(String, "task/status", self._on_status, latched)
-        if prompt:
-            self._prompt = self._node.create_publisher(String, robot.prompt_topic, latched)
-            self._prompt.publish(String(data=prompt))
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self._node)
 
