@@ -30,6 +30,7 @@ from hybrid_policy.models.observation import PolicySpec
 from hybrid_policy.models.pi05 import Pi05, keeps_float32
 from hybrid_policy.models.processors import Processors
 from hybrid_policy.models.processors_in import read_processors
+from hybrid_policy.models.skeleton import skeleton
 from hybrid_policy.models.tensor_files import TensorStore
 
 #: ModelOpt's list of quantised layers, beside the weights
@@ -162,8 +163,7 @@ def load_checkpoint(
 def _skeleton(config: Pi05Config, directory: Path) -> Pi05:
     """The model on the meta device: names and shapes, no data."""
     try:
-        with torch.device("meta"):
-            return Pi05(config)
+        return skeleton(config)
     except RuntimeError as error:  # dimensions whose product no tensor can have
         raise InputError(f"{directory}: dimensions that no model can have: {error}") from error
 

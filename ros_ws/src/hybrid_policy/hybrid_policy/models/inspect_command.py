@@ -19,13 +19,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hybrid_policy.errors import InputError
 from hybrid_policy.models.checkpoint import QUANT_CONFIG, Checkpoint, open_checkpoint
 from hybrid_policy.models.checkpoint_config import canonical
 from hybrid_policy.models.normalization import Normalization
-from hybrid_policy.models.pi05 import EXPERT, PREFIX, PROJECTOR, VISION, Pi05
+from hybrid_policy.models.pi05 import EXPERT, PREFIX, PROJECTOR, VISION
+from hybrid_policy.models.skeleton import skeleton
 from hybrid_policy.models.tensor_files import read_json
 
 #: the model's parts by the beginning of their parameters' names; what is left is "action and time"
@@ -47,8 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parameter_parts(checkpoint: Checkpoint) -> dict[str, int]:
     """Parameters of each part of the model."""
-    with torch.device("meta"):
-        model = Pi05(checkpoint.config)
+    model = skeleton(checkpoint.config)
     counts = dict.fromkeys((*PARTS, "action and time"), 0)
     for name, parameter in model.named_parameters():
         part = next((part for part, start in PARTS.items() if name.startswith(start)), "action and time")

@@ -14,7 +14,8 @@ from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import expert as expert_kernels
 from hybrid_policy.models.checkpoint import Checkpoint
 from hybrid_policy.models.config import Pi05Config
-from hybrid_policy.models.pi05 import EXPERT, Pi05, keeps_float32
+from hybrid_policy.models.pi05 import EXPERT, keeps_float32
+from hybrid_policy.models.skeleton import skeleton
 from hybrid_policy.runtime.backend import Backend
 from hybrid_policy.runtime.quantized_checkpoint import quantised_sites, read_packed
 from hybrid_policy.runtime.recipe import Recipe
@@ -58,8 +59,7 @@ def load_reference(checkpoint: Checkpoint, recipe: Recipe, rtc: RealTimeChunking
     precisions = recipe.assign(sites)
     device = torch.device("cpu")
     packed, scales = read_packed(checkpoint.store, quantised_sites(checkpoint.directory), device)
-    with torch.device("meta"):
-        model = Pi05(checkpoint.config)
+    model = skeleton(checkpoint.config)
     with progress_bar(progress, len(checkpoint.names) + len(sites), "loading") as bar:
         for name in checkpoint.names:
             owner, _, leaf = name.rpartition(".")

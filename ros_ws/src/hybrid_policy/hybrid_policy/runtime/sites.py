@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import fp8, nvfp4
 from hybrid_policy.models.config import Pi05Config
-from hybrid_policy.models.pi05 import Pi05
+from hybrid_policy.models.skeleton import skeleton
 
 #: a weight as a precision holds it
 Packed = Tensor | fp8.FP8Tensor | nvfp4.NVFP4Tensor
@@ -26,8 +26,7 @@ UNQUANTISED = ("action_in_proj", "action_out_proj", "time_mlp_in", "time_mlp_out
 
 def model_sites(config: Pi05Config) -> dict[str, tuple[int, int]]:
     """Site -> (out_features, in_features), in the order of the model."""
-    with torch.device("meta"):
-        model = Pi05(config)
+    model = skeleton(config)
     return {
         name: (module.out_features, module.in_features)
         for name, module in model.named_modules()
