@@ -98,15 +98,29 @@ _PDL = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 class Kernel:
-    """One function of one compiled configuration, on the current device; ``sources`` are read as one file."""
+    """One function of one compiled configuration, on the current device; ``sources`` are read as one file.
+
+    specific: compile for this architecture alone (``sm_90a``), which wgmma and setmaxnreg need.
+    prelude: text before the sources.
+    """
 
     def __init__(
-        self, sources: tuple[Path, ...], function: str, macros: dict[str, int], *, threads: int, shared: int, pdl: bool
+        self,
+        sources: tuple[Path, ...],
+        function: str,
+        macros: dict[str, int],
+        *,
+        threads: int,
+        shared: int,
+        pdl: bool,
+        specific: bool = False,
+        prelude: str = "",
     ) -> None:
         torch.cuda.current_stream()  # makes torch's context the current one
         major, minor = torch.cuda.get_device_capability()
+        arch = f"sm_{major}{minor}{'a' if specific else ''}"
         self._module, self._function = _load(
-            sources, function, f"sm_{major}{minor}", tuple(sorted(macros.items())), torch.cuda.current_device()
+            sources, function, arch, tuple(sorted(macros.items())), torch.cuda.current_device(), prelude
         )
         self._threads, self._shared, self._pdl = threads, shared, pdl
         _check(
@@ -132,9 +146,14 @@ class Kernel:
 
 @functools.cache
 def _load(
-    sources: tuple[Path, ...], function: str, arch: str, macros: tuple[tuple[str, int], ...], device: int
+    sources: tuple[Path, ...],
+    function: str,
+    arch: str,
+    macros: tuple[tuple[str, int], ...],
+    device: int,
+    prelude: str,
 ) -> tuple[Any, Any]:
-    text = "\n".join(source.read_text(encoding="utf-8") for source in sources)
+    text = "\n".join([prelude, *(source.read_text(encoding="utf-8") for source in sources)])
     cubin = compile_cubin(text, sources[-1].name, arch, macros)
     module, handle = ctypes.c_void_p(), ctypes.c_void_p()
     _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin), "module")
