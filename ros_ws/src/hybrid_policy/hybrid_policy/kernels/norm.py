@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hybrid_policy.errors import InputError
+from hybrid_policy.kernels import geglu_rows
 
 E4M3_MAX = 448.0
 
@@ -251,11 +252,16 @@ def geglu(
     Args:
         gate_up: [M, 2 * width], gate first; contiguous. row_scale: float32 [M], factor of its rows.
         out: [M, width], contiguous; float8_e4m3fn with ``out_scale`` float32 [M].
+
+    Into FP8 geglu_rows.cu does it where it can (`geglu_rows.fits`): a Triton program holds too many registers.
     """
     rows, width = out.shape
     _check("gate_up", gate_up, (rows, 2 * width), None)
     _check("out", out, (rows, width), torch.float8_e4m3fn if out_scale is not None else None)
     quantise = out_scale is not None
+    if out_scale is not None and geglu_rows.fits(gate_up, width):
+        geglu_rows.launch(gate_up, out, row_scale, out_scale, pdl=pdl)
+        return
     block = triton.next_power_of_2(width) if quantise else min(2048, triton.next_power_of_2(width))
     _geglu_kernel[(rows, 1 if quantise else triton.cdiv(width, block))](
         gate_up, out, row_scale, out_scale, width,
@@ -305,3 +311,32 @@ def quantise_rows(x: Tensor, out: Tensor, out_scale: Tensor, *, pdl: bool = Fals
         x, out, out_scale, width,
         BLOCK=block, PDL=pdl, num_warps=16 if block > 8192 else max(1, min(8, block // 256)), **pdl_option(pdl),
     )  # fmt: skip
+
+
+def gelu_quantise_reference(y: Tensor, out: Tensor, scale: float) -> None:
+    """The mathematics of `gelu_quantise`, in plain PyTorch."""
+    wide = torch.nn.functional.gelu(y.float(), approximate="tanh") / scale
+    out.copy_(wide.clamp(-E4M3_MAX, E4M3_MAX))
+
+
+@triton.jit
+def _gelu_quantise_kernel(y_ptr, out_ptr, inverse, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    inner = 0.7978845608028654 * (y + 0.044715 * y * y * y)
+    result = y * tl.sigmoid(2.0 * inner) * inverse
+    result = tl.where(result == result, tl.minimum(tl.maximum(result, -448.0), 448.0), result)  # noqa: PLR0124 (NaN)
+    tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def gelu_quantise(y: Tensor, out: Tensor, scale: float, *, pdl: bool = False) -> None:
+    """e4m3(gelu_tanh(y) / scale): y [M, N] contiguous -> out float8_e4m3fn [M, N]; NaN stays NaN."""
+    _check("y", y, tuple(out.shape), None)
+    _check("out", out, tuple(y.shape), torch.float8_e4m3fn)
+    _gelu_quantise_kernel[(triton.cdiv(y.numel(), 2048),)](
+        y, out, 1.0 / scale, y.numel(), BLOCK=2048, PDL=pdl, num_warps=4, **pdl_option(pdl)
+    )

@@ -17,12 +17,14 @@ from torch import Tensor
 from hybrid_policy.kernels.expert import ExpertAttention
 from hybrid_policy.kernels.flow_step import Guide
 from hybrid_policy.kernels.gate_up import NormPrologue, PackedGateUp
+from hybrid_policy.kernels.prefix_attention import PrefixAttention
+from hybrid_policy.kernels.prefix_inputs import padded_patch
 from hybrid_policy.kernels.qkv import rope_tables
 from hybrid_policy.models.flow import step_times
-from hybrid_policy.runtime.device_weights import DeviceWeights, GemmaLayer
+from hybrid_policy.runtime.device_weights import DeviceWeights, GemmaLayer, VisionLayer
 from hybrid_policy.runtime.projection import Projection
 from hybrid_policy.runtime.rtc import RealTimeChunking
-from hybrid_policy.runtime.stages import StageTable
+from hybrid_policy.runtime.stages import GLUE, StageTable
 
 
 @dataclass
@@ -69,14 +71,11 @@ class DeviceModel:
         fused = table.expert != "split"
         if self._clean_rows and fused:
             raise ValueError("fused expert stages have one modulation a launch; mode prefix needs expert=split")
-        self._glue = {
-            name: table.glue(name) for name in ("add_norm", "geglu", "quantise_rows", "rope_split", "flow_step")
-        }
-        self._attention: dict[tuple[int, int], object] = {}
+        self._glue = {name: table.glue(name) for name in GLUE}
+        self._attention: dict[tuple[int, int, bool], object] = {}
         tokens, width = views * config.image_tokens, config.vision.width
-        self._patches = tokens
         self.vision_x = torch.empty(tokens, width, dtype=torch.float32, device=device)
-        self.vision_h = torch.empty(tokens, width, dtype=dtype, device=device)
+        self.patches = torch.empty(tokens, padded_patch(config.vision.patch), dtype=dtype, device=device)
         self.features = torch.empty(tokens, gemma.width, dtype=dtype, device=device)
         self.prefix_x = torch.empty(self.max_rows, gemma.width, dtype=torch.float32, device=device)
         self.x = torch.empty(config.horizon, config.max_action_dim, dtype=torch.float32, device=device)
@@ -93,47 +92,45 @@ class DeviceModel:
 
     def run_vision(self, inputs: Inputs) -> None:
         """Images to prefix features of all views."""
-        w, add_norm = self.weights, self._glue["add_norm"]
-        config = self.config.vision
-        x, h = self.vision_x, self.vision_h
-        patches = self._cut(inputs.images)
-        y = F.linear(patches, w.patch).unflatten(0, (self.views, -1))
-        torch.add(y, w.patch_bias, out=x.unflatten(0, (self.views, -1)))
+        w, x, config = self.weights, self.vision_x, self.config.vision
+        self._glue["cut_patches"](inputs.images, self.patches, x, w.patch_bias, config.patch)
         bias: Tensor | None = None
-        addend: Tensor | None = None
+        addend = F.linear(self.patches, w.patch)
         for layer in w.vision:
-            add_norm(x, h, layer.norm1[0], shift=layer.norm1[1], addend=addend, bias=bias, layer_norm=True)
+            h = self._layer_normed(layer.norm1, layer.qkv.input_dtype, addend, bias)
             heads = layer.qkv(h).view(self.views, -1, 3, config.heads, config.head_dim)
             q, k, v = (part.transpose(1, 2) for part in heads.unbind(2))
-            seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(h.shape)
+            seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
             addend, bias = layer.out(seen), layer.out_bias
-            add_norm(x, h, layer.norm2[0], shift=layer.norm2[1], addend=addend, bias=bias, layer_norm=True)
-            addend, bias = layer.fc2(layer.fc1.gelu(h)), layer.fc2_bias
-        add_norm(x, h, w.post_norm[0], shift=w.post_norm[1], addend=addend, bias=bias, layer_norm=True)
-        self.features.copy_(w.projector(h))
+            h = self._layer_normed(layer.norm2, layer.fc1.input_dtype, addend, bias)
+            addend, bias = layer.fc2(self._gelu(h, layer)), layer.fc2_bias
+        w.projector(self._layer_normed(w.post_norm, w.dtype, addend, bias), out=self.features)
 
-    def _cut(self, images: Tensor) -> Tensor:
-        """Patches [V * P, 3 * p * p] in [-1, 1], in the order of the convolution's weight."""
-        p = self.config.vision.patch
-        side = self.config.image_size // p
-        if images.dtype == torch.uint8:
-            images = images.permute(0, 3, 1, 2)
-        cut = images[..., : side * p, : side * p].unflatten(-1, (side, p)).unflatten(2, (side, p))
-        cut = cut.permute(0, 2, 4, 1, 3, 5).reshape(self._patches, -1)
-        if images.dtype == torch.uint8:
-            return (cut.float() * (2.0 / 255.0) - 1.0).to(self.weights.dtype)
-        return cut.to(self.weights.dtype)
+    def _layer_normed(
+        self, norm: tuple[Tensor, Tensor], dtype: torch.dtype, addend: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """vision_x += addend + bias, then its norm; in FP8 the norm comes folded with a scale that holds any row."""
+        h = torch.empty(self.vision_x.shape, dtype=dtype, device=self.device)
+        self._glue["add_norm"](self.vision_x, h, norm[0], shift=norm[1], addend=addend, bias=bias, layer_norm=True)
+        return h
+
+    def _gelu(self, h: Tensor, layer: VisionLayer) -> Tensor:
+        """gelu(fc1 h) in the form that fc2 takes."""
+        if layer.fc2.input_scale is None:
+            return layer.fc1.gelu(h)
+        y = layer.fc1(h)
+        act = torch.empty(y.shape, dtype=torch.float8_e4m3fn, device=self.device)
+        self._glue["gelu_quantise"](y, act, layer.fc2.input_scale)
+        return act
 
     # ---- prefix ------------------------------------------------------------------------------------------
 
     def run_prefix(self, inputs: Inputs, rows: int) -> None:
         """Features and prompt to the keys and values of every layer; ``rows`` prefix rows are computed."""
         w, gemma = self.weights, self.config.prefix
-        words = w.embedding.index_select(0, inputs.tokens).float() * gemma.width**0.5
-        together = torch.cat((self.features.float(), words))
         x = self.prefix_x[:rows]
-        torch.index_select(together, 0, inputs.rows[:rows], out=x)
-        attention = self._attention_of(rows, self.config.prefix.heads)
+        self._glue["gather_rows"](self.features, w.embedding, inputs.tokens, inputs.rows[:rows], x, gemma.width**0.5)
+        attention = self._attention_of(rows, gemma.heads, prefix=True)
         addend, row_scale = None, None
         for i, layer in enumerate(w.prefix):
             last = i == len(w.prefix) - 1
@@ -252,13 +249,13 @@ class DeviceModel:
 
     # ---- what prefix and expert share --------------------------------------------------------------------
 
-    def _attention_of(self, rows: int, heads: int) -> object:
-        gemma = self.config.prefix
-        if (rows, heads) not in self._attention:
-            self._attention[rows, heads] = self.table.make_attention(
-                rows, heads, gemma.kv_heads, gemma.head_dim, self.capacity, self.device
+    def _attention_of(self, rows: int, heads: int, *, prefix: bool = False) -> object:
+        gemma, key = self.config.prefix, (rows, heads, prefix)
+        if key not in self._attention:
+            self._attention[key] = self.table.make_attention(
+                rows, heads, gemma.kv_heads, gemma.head_dim, self.capacity, self.device, prefix=prefix
             )
-        return self._attention[rows, heads]
+        return self._attention[key]
 
     def _normed(
         self,
@@ -301,6 +298,11 @@ class DeviceModel:
     ) -> tuple[Tensor, Tensor | None]:
         """Attention and its output projection: the product, and the scale of its rows if that is still to apply."""
         assert layer.out is not None
+        if layer.out.quantised and isinstance(attention, PrefixAttention):
+            eight = torch.empty(q.shape, dtype=torch.float8_e4m3fn, device=self.device)
+            scale = torch.empty(q.shape[0], dtype=torch.float32, device=self.device)
+            attention(q, self.keys[i], self.values[i], inputs.valid, extra, eight, out_scale=scale)
+            return layer.out(eight.flatten(1)), scale
         seen = torch.empty_like(q)
         attention(q, self.keys[i], self.values[i], inputs.valid, extra, seen)  # type: ignore[operator]
         rows = seen.flatten(1)

@@ -12,6 +12,7 @@ from torch import nn
 
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import expert as expert_kernels
+from hybrid_policy.kernels import prefix_attention
 from hybrid_policy.models.checkpoint import Checkpoint
 from hybrid_policy.models.config import Pi05Config
 from hybrid_policy.models.pi05 import EXPERT, keeps_float32
@@ -129,8 +130,8 @@ def device_precisions(recipe: Recipe, sites: dict[str, tuple[int, int]], device:
     """`Recipe.assign`, and what this device cannot serve refused by name.
 
     Raises:
-        InputError: float32 sites, W4A4 before Blackwell, a vision site or projector in another precision than bf16,
-            attention projections in NVFP4.
+        InputError: float32 sites, W4A4 before Blackwell, a vision site in another precision than bf16 or FP8, its
+            output projections and the projector in another than bf16, attention projections in NVFP4.
     """
     precisions = recipe.assign(sites)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
@@ -140,7 +141,7 @@ def device_precisions(recipe: Recipe, sites: dict[str, tuple[int, int]], device:
         if precision == "float32":
             expected = "bf16 (float32 is the CPU's reference)"
         elif ("vision_tower" in site or "projector" in site) and precision != "bf16":
-            expected = "bf16: no kernel serves vision in it"
+            expected = _vision_problem(site, precision, precisions)
         elif "self_attn" in site and precision.startswith("nvfp4"):
             expected = "bf16 or fp8_w8a8 for attention"
         elif precision == "nvfp4_w4a4" and capability[0] < 10:
@@ -157,6 +158,17 @@ def device_precisions(recipe: Recipe, sites: dict[str, tuple[int, int]], device:
     return precisions
 
 
+def _vision_problem(site: str, precision: str, precisions: dict[str, str]) -> str:
+    """What a site of vision would have to be instead of ``precision``; empty where that is served."""
+    if precision != "fp8_w8a8" or site.endswith("out_proj") or "projector" in site:
+        return "bf16: no kernel serves vision in it (FP8 is for qkv, fc1 and fc2)"
+    for one, other in ((".fc1", ".fc2"), (".fc2", ".fc1")):
+        sibling = site.removesuffix(one) + other
+        if site.endswith(one) and precisions.get(sibling, precision) != precision:
+            return f"the precision of {sibling}, {precisions[sibling]}: the GELU between them leaves FP8"
+    return ""
+
+
 def choose_table(
     rtc: RealTimeChunking,
     recipe: Recipe,
@@ -164,13 +176,22 @@ def choose_table(
     precisions: dict[str, str],
     device: torch.device,
 ) -> StageTable:
-    """The stages' implementations: the cluster kernels where device, shapes, precisions and cache allow
-    them, else Triton's fused kernels; split stages where real-time chunking needs a modulation a row.
+    """The stages' implementations.
+
+    wgmma's prefix attention on Hopper, else Triton's; the cluster kernels where device, shapes, precisions and cache
+    allow them, else Triton's fused kernels; split stages where real-time chunking needs a modulation a row.
 
     The variable HYBRID_POLICY_STAGES overrides single stages (see `stages.parse_table`), for comparisons.
     """
     text = os.environ.get("HYBRID_POLICY_STAGES", "")
     table = parse_table(text)
+    prefix = config.prefix
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    cache = torch.bfloat16 if recipe.prefix_cache == "bf16" else torch.float8_e4m3fn
+    if table.prefix_attention == "hopper" and not prefix_attention.fits(
+        capability, prefix.heads, prefix.kv_heads, prefix.head_dim, cache
+    ):
+        table = dataclasses.replace(table, prefix_attention="kernel")
     if rtc.mode == "prefix":
         return dataclasses.replace(table, expert="split")
     if table.expert != "cluster" or "expert=" in text:

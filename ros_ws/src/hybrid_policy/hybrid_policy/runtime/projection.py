@@ -23,6 +23,7 @@ class Projection:
     """y = x W.T (+ bias), W of one site or of several stacked ones of one precision.
 
     precision: with NVFP4 weights, ``nvfp4_w4a16`` or ``nvfp4_w4a4``.
+    input_scale: FP8 sites only: ``x`` comes divided by this, whatever the row, and y is whole.
     quantised: whether ``x`` must come as float8_e4m3fn with a row scale that the reader of y applies.
     """
 
@@ -33,21 +34,27 @@ class Projection:
         bias: Tensor | None = None,
         *,
         precision: str = "nvfp4_w4a16",
+        input_scale: float | None = None,
     ) -> None:
         first = weights[0]
-        self.quantised = isinstance(first, FP8Tensor)
+        eight = isinstance(first, FP8Tensor)
+        if input_scale is not None and not eight:
+            raise InputError.at("projection", "input_scale", input_scale, "None where the weights are not FP8")
+        self.input_scale = input_scale
+        self.quantised = eight and input_scale is None
+        self.input_dtype = torch.float8_e4m3fn if eight else dtype
         self.bias = None if bias is None else bias.to(dtype).contiguous()
         self.route = "cuBLAS bf16"
         self._packed: PackedLinear | None = None
         self._column_scale: Tensor | None = None
         self._weight: Tensor
-        self._one = torch.ones((), device=_device(first))
+        self._input_scale = torch.full((), 1.0 if input_scale is None else input_scale, device=_device(first))
         if isinstance(first, NVFP4Tensor):
             if len(weights) > 1:
                 raise InputError("projection: stacked sites in NVFP4 given, expected bf16 or fp8_w8a8")
             self._packed = prepare(first, precision, bias=bias)  # type: ignore[arg-type]
             self.route = self._packed.route
-        elif self.quantised:
+        elif eight:
             scaled = [w for w in weights if isinstance(w, FP8Tensor)]
             self._weight, self._scale, self._column_scale = _stack_fp8(scaled)
             self.route = "cuBLAS FP8"
@@ -55,23 +62,34 @@ class Projection:
             self._weight = torch.cat([w.to(dtype) for w in weights if isinstance(w, Tensor)]).contiguous()
         self._dtype = dtype
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [M, K] -> [M, N]; without the rows' scale where ``quantised``."""
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [M, K] -> [M, N]; without the rows' scale where ``quantised``. out: where to, bf16 sites only."""
         if self._packed is not None:
             return self._packed(x)
-        if not self.quantised:
-            return F.linear(x, self._weight, self.bias)
+        if self.input_dtype != torch.float8_e4m3fn:
+            if out is None:
+                return F.linear(x, self._weight, self.bias)
+            if self.bias is None:
+                return torch.mm(x, self._weight.t(), out=out)
+            return torch.addmm(self.bias, x, self._weight.t(), out=out)
+        # column factors belong to the product, so a bias then follows them
+        bias = self.bias if self._column_scale is None else None
         if x.device.type == "cpu":
-            y = (x.float() @ self._weight.float().T * self._scale).to(self._dtype)
+            y = x.float() @ self._weight.float().T * (self._scale * self._input_scale)
+            y = (y if bias is None else y + bias).to(self._dtype)
         else:
             y = torch._scaled_mm(
-                x, self._weight.t(), self._one, self._scale, out_dtype=torch.bfloat16, use_fast_accum=True
-            )
-        return y if self._column_scale is None else y * self._column_scale
+                x, self._weight.t(), self._input_scale, self._scale, bias=bias, out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )  # fmt: skip
+        if self._column_scale is None:
+            return y
+        y = y * self._column_scale
+        return y if self.bias is None else y + self.bias
 
     def gelu(self, x: Tensor) -> Tensor:
         """gelu_tanh(x W.T + bias), bf16 sites only; on a GPU in the product's own epilogue."""
-        if self.quantised or self._packed is not None or self.bias is None:
+        if self.input_dtype == torch.float8_e4m3fn or self._packed is not None or self.bias is None:
             raise InputError("projection: gelu on a quantised site given, expected a bf16 site with bias")
         if x.device.type == "cpu":
             return F.gelu(F.linear(x, self._weight, self.bias), approximate="tanh")

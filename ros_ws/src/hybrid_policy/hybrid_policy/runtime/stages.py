@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels import attention, flow_step, norm, qkv
+from hybrid_policy.kernels import attention, flow_step, norm, prefix_attention, prefix_inputs, qkv
 
 Implementation = Literal["reference", "kernel"]
 
@@ -19,16 +19,25 @@ GLUE: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
     "add_norm": (norm.add_norm_reference, norm.add_norm),
     "geglu": (norm.geglu_reference, norm.geglu),
     "quantise_rows": (norm.quantise_rows_reference, norm.quantise_rows),
+    "gelu_quantise": (norm.gelu_quantise_reference, norm.gelu_quantise),
+    "cut_patches": (prefix_inputs.cut_patches_reference, prefix_inputs.cut_patches),
+    "gather_rows": (prefix_inputs.gather_rows_reference, prefix_inputs.gather_rows),
     "rope_split": (qkv.rope_split_reference, qkv.rope_split),
     "flow_step": (flow_step.flow_step_reference, flow_step.flow_step),
 }
-STAGES = (*GLUE, "attention", "expert")
+STAGES = (*GLUE, "attention", "prefix_attention", "expert")
+#: what the stages that are no glue may be
+_CHOICES = {
+    "expert": ("cluster", "fused", "split"),
+    "prefix_attention": ("hopper", "kernel", "reference"),
+    "pdl": ("on", "off"),
+}
 
 
 @dataclass(frozen=True)
 class StageTable:
     """stage -> implementation. ``expert`` is ``cluster`` (kernels/expert.py), ``fused`` (Triton) or
-    ``split`` (norm, GEMM, glue).
+    ``split`` (norm, GEMM, glue). ``prefix_attention`` is ``hopper`` (kernels/prefix_attention.py), or as ``attention``.
 
     pdl: kernels may start before their predecessor ends (programmatic dependent launch).
     """
@@ -36,9 +45,13 @@ class StageTable:
     add_norm: Implementation = "kernel"
     geglu: Implementation = "kernel"
     quantise_rows: Implementation = "kernel"
+    gelu_quantise: Implementation = "kernel"
+    cut_patches: Implementation = "kernel"
+    gather_rows: Implementation = "kernel"
     rope_split: Implementation = "kernel"
     flow_step: Implementation = "kernel"
     attention: Implementation = "kernel"
+    prefix_attention: Literal["hopper", "kernel", "reference"] = "hopper"
     expert: Literal["cluster", "fused", "split"] = "cluster"
     pdl: bool = True
 
@@ -50,10 +63,24 @@ class StageTable:
         return partial(kernel, pdl=True) if self.pdl else kernel
 
     def make_attention(
-        self, rows: int, heads: int, kv_heads: int, head_dim: int, capacity: int, device: torch.device
+        self,
+        rows: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        device: torch.device,
+        *,
+        prefix: bool = False,
     ) -> Callable[..., None]:
-        """Attention of one shape: called with (q, k, v, valid, extra, out)."""
-        if self.attention == "kernel":
+        """Attention of one shape: called with (q, k, v, valid, extra, out).
+
+        prefix: of the prefix's rows; a `prefix_attention.PrefixAttention` where the table says ``hopper``.
+        """
+        chosen = self.prefix_attention if prefix else self.attention
+        if chosen == "hopper":
+            return prefix_attention.PrefixAttention(rows, heads, capacity, device, pdl=self.pdl)
+        if chosen == "kernel":
             kernel = attention.Attention(rows, heads, kv_heads, head_dim, capacity, device)
             return partial(kernel, pdl=True) if self.pdl else kernel
 
@@ -70,7 +97,7 @@ class StageTable:
 
 def plain_table() -> StageTable:
     """Everything in plain PyTorch around library GEMMs: what the kernels are compared with."""
-    return StageTable(**dict.fromkeys((*GLUE, "attention"), "reference"), expert="split", pdl=False)  # type: ignore[arg-type]
+    return StageTable(**dict.fromkeys((*GLUE, "attention", "prefix_attention"), "reference"), expert="split", pdl=False)  # type: ignore[arg-type]
 
 
 def parse_table(text: str) -> StageTable:
@@ -84,13 +111,7 @@ def parse_table(text: str) -> StageTable:
     changes: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
-        allowed = (
-            ("cluster", "fused", "split")
-            if name == "expert"
-            else ("on", "off")
-            if name == "pdl"
-            else ("reference", "kernel")
-        )
+        allowed = _CHOICES.get(name, ("reference", "kernel"))
         if name not in (*STAGES, "pdl") or value not in allowed:
             raise InputError.at("stages", name, value, f"{', '.join(STAGES)} or pdl, with {' or '.join(allowed)}")
         changes[name] = value == "on" if name == "pdl" else value

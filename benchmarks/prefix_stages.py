@@ -1,0 +1,242 @@
+"""Vision's and the prefix's kernels one by one on a GPU: each checked against its reference first, then timed.
+
+    python benchmarks/prefix_stages.py --out results/
+
+Microseconds are medians over replays of a graph of several launches in a chain, buffers in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from hybrid_policy.kernels import geglu_rows, norm, qkv
+from hybrid_policy.kernels.attention import Attention, AttentionPlan, attention_reference
+from hybrid_policy.kernels.prefix_attention import PrefixAttention
+
+DEVICE = torch.device("cuda")
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+ROWS: list[dict[str, object]] = []
+
+
+def chain(*calls, launches=12, replays=15) -> float:
+    """Median microseconds a launch."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for i in range(launches):
+            calls[i % len(calls)]()
+    times = []
+    for _ in range(replays + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / launches)
+    return float(np.median(times[3:]))
+
+
+def note(what: str, shape: str, microseconds: float, error: float = float("nan")) -> None:
+    """One row."""
+    ROWS.append({"what": what, "shape": shape, "microseconds": round(microseconds, 2), "relative_error": error})
+    print(f"{what:44} {shape:22} {microseconds:9.2f} us   error {error:.2e}", flush=True)
+
+
+def guarded(function, *args) -> None:
+    """Go on after a failure."""
+    try:
+        function(*args)
+    except Exception:
+        traceback.print_exc(limit=4)
+        sys.stdout.flush()
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """‖a − b‖ / ‖b‖."""
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def check_attention(rows: int, capacity: int) -> None:
+    """Every cluster size and both outputs, with NaN behind the valid keys."""
+    for valid_keys in (rows, rows - 37, 130, 5):
+        q = torch.randn(rows, 8, 256, device=DEVICE, dtype=BF16) * 2
+        k = torch.randn(capacity, 1, 256, device=DEVICE, dtype=BF16)
+        v = torch.randn(capacity, 1, 256, device=DEVICE, dtype=BF16)
+        k[valid_keys:] = float("nan")
+        v[valid_keys:] = float("nan")
+        valid = torch.tensor([valid_keys], dtype=torch.int32, device=DEVICE)
+        expected = torch.empty(q.shape, device=DEVICE)
+        attention_reference(q, k.nan_to_num(), v.nan_to_num(), valid, 0, expected, 1 / 16)
+        errors = []
+        for cluster in (1, 2, 3, 4):
+            call = PrefixAttention(rows, 8, capacity, DEVICE, cluster=cluster, pdl=cluster % 2 == 0)
+            out = torch.full(q.shape, float("nan"), device=DEVICE, dtype=BF16)
+            call(q, k, v, valid, 0, out)
+            eight, scale = torch.empty(q.shape, device=DEVICE, dtype=FP8), torch.empty(rows, device=DEVICE)
+            call(q, k, v, valid, 0, eight, out_scale=scale)
+            torch.cuda.synchronize()
+            errors += [relative(out, expected), relative(eight.float() * scale[:, None, None], expected)]
+        print(f"  attention {rows} rows, {valid_keys} keys: " + " ".join(f"{e:.1e}" for e in errors), flush=True)
+
+
+def time_attention(rows: int, capacity: int) -> None:
+    """Ours at each cluster size against Triton's plans."""
+    q = torch.randn(rows, 8, 256, device=DEVICE, dtype=BF16)
+    caches = [torch.randn(2, capacity, 1, 256, device=DEVICE, dtype=BF16) for _ in range(4)]
+    valid = torch.tensor([rows], dtype=torch.int32, device=DEVICE)
+    eight, scale = torch.empty(q.shape, device=DEVICE, dtype=FP8), torch.empty(rows, device=DEVICE)
+    out = torch.empty_like(q)
+
+    def ours(call, c):
+        return lambda: call(q, c[0], c[1], valid, 0, eight, out_scale=scale)
+
+    def triton_call(call, c):
+        return lambda: call(q, c[0], c[1], valid, 0, out, pdl=True)
+
+    shape = f"{rows}x8 rows"
+    for cluster in (1, 2, 3, 4):
+        call = PrefixAttention(rows, 8, capacity, DEVICE, cluster=cluster, pdl=True)
+        note(f"attention wgmma, cluster {cluster}, FP8 out", shape, chain(*(ours(call, c) for c in caches)))
+    for plan in (AttentionPlan(64, 32, 1, 4, 3), AttentionPlan(64, 64, 1, 8, 2)):
+        call = Attention(rows, 8, 1, 256, capacity, DEVICE, plan=plan)
+        name = f"attention Triton {plan.block_m}x{plan.block_n}, {plan.warps} warps"
+        note(name, shape, chain(*(triton_call(call, c) for c in caches)))
+
+
+def geglu(rows: int) -> None:
+    """GeGLU into FP8: the plan, others, and Triton."""
+    width = 16384
+    both = [torch.randn(rows, 2 * width, device=DEVICE, dtype=BF16) for _ in range(3)]
+    row_scale = torch.rand(rows, device=DEVICE) + 0.5
+    out, scale = torch.empty(rows, width, device=DEVICE, dtype=FP8), torch.empty(rows, device=DEVICE)
+    expected, expected_scale = torch.empty_like(out), torch.empty_like(scale)
+    norm.geglu_reference(both[0], expected, row_scale=row_scale, out_scale=expected_scale)
+    wide = expected.float() * expected_scale[:, None]
+    plan = geglu_rows.plan_geglu
+    for threads, blocks in ((512, 3), (512, 2), (256, 4), (1024, 1)):
+        geglu_rows.plan_geglu = lambda _, pair=(threads, blocks): pair
+        geglu_rows._kernel.cache_clear()
+        geglu_rows.launch(both[0], out, row_scale, scale, pdl=True)
+        error = relative(out.float() * scale[:, None], wide)
+        calls = [lambda b=b: geglu_rows.launch(b, out, row_scale, scale, pdl=True) for b in both]
+        note(f"GeGLU CUDA, {threads} threads x {blocks}", f"{rows}x{width}", chain(*calls), error)
+        note(f"GeGLU CUDA, {threads} threads x {blocks}, one buffer", f"{rows}x{width}", chain(calls[0]), error)
+    geglu_rows.plan_geglu = plan
+    geglu_rows._kernel.cache_clear()
+
+
+def vision_product(rows: int, name: str, n: int, k: int) -> None:
+    """One product in bf16 and FP8, six layers' weights in turn."""
+    one = torch.ones((), device=DEVICE)
+    x = torch.randn(rows, k, device=DEVICE, dtype=BF16)
+    ws = [torch.randn(n, k, device=DEVICE, dtype=BF16) * k**-0.5 for _ in range(6)]
+    x8, w8 = x.to(FP8), [w.to(FP8) for w in ws]
+    bias = torch.randn(n, device=DEVICE, dtype=BF16) if name in ("qkv", "fc1") else None
+
+    def eight(w: torch.Tensor) -> torch.Tensor:
+        return torch._scaled_mm(x8, w.t(), one, one, bias=bias, out_dtype=BF16, use_fast_accum=True)
+
+    shape = f"{rows}x{n}x{k}"
+    if name == "fc1":
+        bf16 = [lambda w=w: torch._addmm_activation(bias, x, w.t(), use_gelu=True) for w in ws]
+    else:
+        bf16 = [lambda w=w: F.linear(x, w, bias) for w in ws]
+    note(f"vision {name} bf16", shape, chain(*bf16))
+    error = relative(eight(w8[0]), F.linear(x8.float(), w8[0].float(), None if bias is None else bias.float()))
+    note(f"vision {name} FP8", shape, chain(*(lambda w=w: eight(w) for w in w8)), error)
+
+
+def prefix_product(m: int, name: str, n: int, k: int) -> None:
+    """One FP8 product, three layers' weights in turn."""
+    one = torch.ones((), device=DEVICE)
+    w8 = [(torch.randn(n, k, device=DEVICE) * 8).to(FP8) for _ in range(3)]
+    x8 = torch.randn(m, k, device=DEVICE).to(FP8)
+
+    def eight(w: torch.Tensor) -> torch.Tensor:
+        return torch._scaled_mm(x8, w.t(), one, one, out_dtype=BF16, use_fast_accum=True)
+
+    note(f"prefix {name} FP8", f"{m}x{n}x{k}", chain(*(lambda w=w: eight(w) for w in w8)))
+
+
+def vision(rows: int) -> None:
+    """The four products of a vision layer in bf16 and FP8, GELU with FP8 output, the norm."""
+    for name, n, k in (("qkv", 3456, 1152), ("out", 1152, 1152), ("fc1", 4304, 1152), ("fc2", 1152, 4304)):
+        guarded(vision_product, rows, name, n, k)
+    y = torch.randn(rows, 4304, device=DEVICE, dtype=BF16)
+    out = torch.empty(y.shape, device=DEVICE, dtype=FP8)
+    expected = torch.empty_like(out)
+    norm.gelu_quantise_reference(y, expected, 0.02)
+    norm.gelu_quantise(y, out, 0.02)
+    error = relative(out, expected)
+    note("vision GELU to FP8", f"{rows}x4304", chain(lambda: norm.gelu_quantise(y, out, 0.02, pdl=True)), error)
+    x, h = torch.zeros(rows, 1152, device=DEVICE), torch.empty(rows, 1152, device=DEVICE, dtype=FP8)
+    vector, addend = torch.randn(1152, device=DEVICE), torch.randn(rows, 1152, device=DEVICE, dtype=BF16)
+    note("vision add + LayerNorm to FP8", f"{rows}x1152", chain(
+        lambda: norm.add_norm(x, h, vector, shift=vector, addend=addend, bias=vector, layer_norm=True, pdl=True)
+    ))  # fmt: skip
+
+
+def prefix(rows: int) -> None:
+    """The prefix's products in FP8 at a bucket's rows and at rows that tiles divide; norm and RoPE."""
+    for name, n, k in (("qkv", 2560, 2048), ("o", 2048, 2048), ("gate_up", 32768, 2048), ("down", 2048, 16384)):
+        for m in (rows, -(-rows // 64) * 64, -(-rows // 128) * 128):
+            guarded(prefix_product, m, name, n, k)
+    x, h = torch.zeros(rows, 2048, device=DEVICE), torch.empty(rows, 2048, device=DEVICE, dtype=FP8)
+    vector, addend = torch.randn(2048, device=DEVICE), torch.randn(rows, 2048, device=DEVICE, dtype=BF16)
+    scale, out_scale = torch.ones(rows, device=DEVICE), torch.empty(rows, device=DEVICE)
+    note("prefix add + RMSNorm to FP8", f"{rows}x2048", chain(
+        lambda: norm.add_norm(x, h, vector, addend=addend, row_scale=scale, out_scale=out_scale, pdl=True)
+    ))  # fmt: skip
+    product = torch.randn(rows, 2560, device=DEVICE, dtype=BF16)
+    q, cache = (
+        torch.empty(rows, 8, 256, device=DEVICE, dtype=BF16),
+        torch.empty(2, rows, 1, 256, device=DEVICE, dtype=BF16),
+    )
+    tables = qkv.rope_tables(rows, 256, DEVICE)
+    note("prefix RoPE and split", f"{rows}x2560", chain(
+        lambda: qkv.rope_split(product, q, cache[0], cache[1], tables, None, row_scale=scale, pdl=True)
+    ))  # fmt: skip
+
+
+def main() -> int:
+    """Check, then time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--parts", default="attention,geglu,vision,prefix")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    parts = args.parts.split(",")
+    with torch.inference_mode():
+        for rows, patches, capacity in ((560, 512, 762), (968, 768, 1018)):
+            if "attention" in parts:
+                guarded(check_attention, rows, capacity)
+                guarded(time_attention, rows, capacity)
+            for name, call, size in (("geglu", geglu, rows), ("vision", vision, patches), ("prefix", prefix, rows)):
+                if name in parts:
+                    guarded(call, size)
+    if args.out and ROWS:
+        args.out.mkdir(parents=True, exist_ok=True)
+        about = {
+            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+        }  # fmt: skip
+        with (args.out / "prefix_stages.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*ROWS[0], *about])
+            writer.writeheader()
+            writer.writerows({**row, **about} for row in ROWS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
