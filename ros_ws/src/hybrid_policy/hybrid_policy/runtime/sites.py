@@ -143,16 +143,19 @@ class ReferenceSite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        rows = x.flatten(0, -2)
-        if self.precision == "fp8_w8a8":
-            if self.input_scale is None:
-                rows = fp8.dequantize_activation(*fp8.quantize_activation(rows))
-            else:
-                rows = fp8.encode_e4m3(rows.float() / self.input_scale).float() * self.input_scale
-        elif self.precision == "nvfp4_w4a4":
-            rows = nvfp4.dequantize(nvfp4.quantize(rows.float(), rule="max"))
+        rows = self.rounded(x.flatten(0, -2))
         y = F.linear(rows, self.get_buffer("weight").to(rows.dtype), self.bias)
         return y.unflatten(0, x.shape[:-1])
+
+    def rounded(self, rows: Tensor) -> Tensor:
+        """Activations [M, K] as the precision has them; the same where it rounds the weight alone."""
+        if self.precision == "fp8_w8a8":
+            if self.input_scale is None:
+                return fp8.dequantize_activation(*fp8.quantize_activation(rows))
+            return fp8.encode_e4m3(rows.float() / self.input_scale).float() * self.input_scale
+        if self.precision == "nvfp4_w4a4":
+            return nvfp4.dequantize(nvfp4.quantize(rows.float(), rule="max"))
+        return rows
 
 
 def swap_sites(
