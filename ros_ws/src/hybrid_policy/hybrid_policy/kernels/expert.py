@@ -149,9 +149,9 @@ class ExpertGemm:
         plan: GemmPlan | None = None,
     ) -> None:
         fmt, values, scales, rows = stack(weights)
-        order = _row_order(epilogue, len(values), heads[2], values.device)
+        order = row_order(epilogue, len(values), heads[2], values.device)
         self._decoded = (fmt, values, scales, rows)
-        values, rows = _rows(values, order), rows[order]
+        values, rows = rows_of(values, order), rows[order]
         n, k = values.shape
         self.shape, self.epilogue, self._fmt, self._order = (n, k), epilogue, fmt, order
         limit = shared_limit(values.device)
@@ -170,7 +170,7 @@ class ExpertGemm:
         self.weight = pack(values, chosen.bn, chosen.cluster)
         self.scales = None
         if scales is not None:
-            self.scales = expert_packing.pack_scales(_rows(scales, order), chosen.bn, chosen.cluster)
+            self.scales = expert_packing.pack_scales(rows_of(scales, order), chosen.bn, chosen.cluster)
             rows = rows * expert_packing.NVFP4_FACTOR
         self.row_scale = rows.contiguous()
         macros = {
@@ -238,7 +238,7 @@ class ExpertGemm:
         )  # fmt: skip
 
 
-def _row_order(epilogue: int, n: int, head_dim: int, device: torch.device) -> Tensor:
+def row_order(epilogue: int, n: int, head_dim: int, device: torch.device) -> Tensor:
     """Which source row each row of the packed matrix is: GeGLU and RoPE want their pairs side by side."""
     index = torch.arange(n, device=device)
     if epilogue == GEGLU:
@@ -248,7 +248,8 @@ def _row_order(epilogue: int, n: int, head_dim: int, device: torch.device) -> Te
     return index
 
 
-def _rows(x: Tensor, order: Tensor) -> Tensor:
+def rows_of(x: Tensor, order: Tensor) -> Tensor:
+    """x[order], for FP8 too."""
     if x.dtype == torch.float8_e4m3fn:
         return x.view(torch.uint8)[order].view(torch.float8_e4m3fn)
     return x[order]

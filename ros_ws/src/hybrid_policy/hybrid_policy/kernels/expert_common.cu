@@ -12,6 +12,7 @@
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
+typedef unsigned long long u64;
 
 #define THREADS 256
 #define MINUS_INFINITY __int_as_float(0xff800000)
@@ -116,4 +117,30 @@ __device__ __forceinline__ float exp2_of(float x) {
 __device__ __forceinline__ float geglu(float g, float u) {
     float inner = 0.7978845608028654f * (g + 0.044715f * g * g * g);
     return g / (1.0f + exp2_of(-2.8853900817779268f * inner)) * u;
+}
+
+// One k step of mma's A operand from a lane's 16 bytes of packed weights. STORED 0: bf16 (one step), 1: E4M3 (two),
+// 2: NVFP4 (four; scales: bf16 of s * 2^119, of row g below and of row g + 8 above).
+template <int STORED>
+__device__ __forceinline__ void fragment(u32 (&a)[4], const uint4& w, int step, u32 scales) {
+    if constexpr (STORED == 0) {
+        a[0] = w.x, a[1] = w.y, a[2] = w.z, a[3] = w.w;
+    } else if constexpr (STORED == 1) {
+        // E4M3's bits as a bf16 are v * 2^-120
+        u32 half[2] = {step == 0 ? w.x : w.z, step == 0 ? w.y : w.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            u32 t = __byte_perm(half[i / 2], 0, i % 2 ? 0x3424 : 0x1404);
+            a[i] = multiply((t & 0x80008000u) | ((t >> 4) & 0x07f007f0u), 0x7b807b80u);
+        }
+    } else {
+        // E2M1's bits as a bf16 are v * 2^-126; the scales come as s * 2^119
+        u32 word = step == 0 ? w.x : step == 1 ? w.y : step == 2 ? w.z : w.w;
+        u32 s[2] = {__byte_perm(scales, 0, 0x1010), __byte_perm(scales, 0, 0x3232)};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            u32 t = word << (12 - 4 * i);
+            a[i] = multiply((t & 0x80008000u) | ((t >> 6) & 0x01c001c0u), s[i % 2]);
+        }
+    }
 }

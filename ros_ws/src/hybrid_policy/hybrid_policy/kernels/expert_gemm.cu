@@ -22,29 +22,6 @@ static_assert(K_TOTAL % (CLUSTER * 16 * WK * PER16) == 0, "K does not divide");
 static_assert(N_TOTAL % BN == 0 && BN % (16 * WM) == 0 && BN % (4 * CLUSTER) == 0, "N does not divide");
 static_assert(WM * WK == THREADS / 32 && MT % 8 == 0 && MT <= 64, "tile");
 
-__device__ __forceinline__ void fragment(u32 (&a)[4], const uint4& w, int step, u32 scales) {
-    if constexpr (FORMAT == 0) {
-        a[0] = w.x, a[1] = w.y, a[2] = w.z, a[3] = w.w;
-    } else if constexpr (FORMAT == 1) {
-        // E4M3's bits as a bf16 are v * 2^-120
-        u32 half[2] = {step == 0 ? w.x : w.z, step == 0 ? w.y : w.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            u32 t = __byte_perm(half[i / 2], 0, i % 2 ? 0x3424 : 0x1404);
-            a[i] = multiply((t & 0x80008000u) | ((t >> 4) & 0x07f007f0u), 0x7b807b80u);
-        }
-    } else {
-        // E2M1's bits as a bf16 are v * 2^-126; the scales come as s * 2^119
-        u32 word = step == 0 ? w.x : step == 1 ? w.y : step == 2 ? w.z : w.w;
-        u32 s[2] = {__byte_perm(scales, 0, 0x1010), __byte_perm(scales, 0, 0x3232)};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            u32 t = word << (12 - 4 * i);
-            a[i] = multiply((t & 0x80008000u) | ((t >> 6) & 0x01c001c0u), s[i % 2]);
-        }
-    }
-}
-
 struct Arguments {
     const u16* x;            // bf16 [tokens, K_TOTAL]
     const u8* w;             // packed
@@ -144,7 +121,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 u32 a[4], scales = 0;
                 if constexpr (FORMAT == 2)
                     scales = reinterpret_cast<const u32*>(s_memory)[((wm * MTW + i) * KSTEPS + k) * 8 + lane / 4];
-                fragment(a, w[i], step, scales);
+                fragment<FORMAT>(a, w[i], step, scales);
 #pragma unroll
                 for (int n = 0; n < NT; n++) mma(acc[i][n], a, b[n][0], b[n][1]);
             }

@@ -42,17 +42,25 @@ def pack_e4m3(values: Tensor, bn: int, cluster: int) -> Tensor:
 
 def pack_nvfp4(codes: Tensor, bn: int, cluster: int) -> Tensor:
     """uint8 [N, K], one E2M1 code each -> uint8, flat: four k steps a lane's 16 bytes."""
-    f = _fragments(codes, bn, cluster).to(torch.int64)
+    f = _fragments(codes, bn, cluster)
     f = f.unflatten(3, (-1, 4)).permute(0, 1, 2, 3, 5, 6, 4, 7, 8, 9)  # ..., g, t, step, k8, r8, e
-    shift = torch.tensor([[[0, 16], [4, 20]], [[8, 24], [12, 28]]], device=codes.device)  # [k8, r8, e]
-    words = (f << shift).sum((-3, -2, -1))
-    words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-    return words.contiguous().view(torch.uint8).flatten()
+    return nibbles_to_words(f).contiguous().view(torch.uint8).flatten()
+
+
+def nibbles_to_words(codes: Tensor) -> Tensor:
+    """[..., k8, r8, e], one E2M1 code each -> int32 [...]: the nibble of (k8, r8, e) at bit 4(2·k8 + r8) + 16·e."""
+    shift = torch.tensor([[[0, 16], [4, 20]], [[8, 24], [12, 28]]], device=codes.device)
+    words = (codes.to(torch.int64) << shift).sum((-3, -2, -1))
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def wide_scales(scales: Tensor) -> Tensor:
+    """float8_e4m3fn -> bf16(scale · 2^119), exact."""
+    return (scales.float() * 2.0**119).to(torch.bfloat16)
 
 
 def pack_scales(scales: Tensor, bn: int, cluster: int) -> Tensor:
     """float8_e4m3fn [N, K / 16] -> uint8, flat, of bf16(scale · 2^119)."""
     n, groups = scales.shape
-    wide = (scales.float() * 2.0**119).to(torch.bfloat16)
-    parts = wide.reshape(n // bn, bn // 16, 2, 8, cluster, groups // cluster)  # T mt r8 g CL ks
+    parts = wide_scales(scales).reshape(n // bn, bn // 16, 2, 8, cluster, groups // cluster)  # T mt r8 g CL ks
     return parts.permute(0, 4, 1, 5, 3, 2).contiguous().view(torch.uint8).flatten()

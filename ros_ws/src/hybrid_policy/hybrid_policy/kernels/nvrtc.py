@@ -143,6 +143,18 @@ class Kernel:
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, parameters, None), "launch")
 
+    def active_clusters(self, grid: tuple[int, int], cluster: int) -> int:
+        """How many clusters of ``cluster`` blocks the empty device holds at once; the kernel declares their size."""
+        config = _Config(
+            grid=(ctypes.c_uint * 3)(grid[0], grid[1], 1),
+            block=(ctypes.c_uint * 3)(self._threads, 1, 1),
+            shared=self._shared,
+        )
+        count = ctypes.c_int()
+        code = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), self._function, ctypes.byref(config))
+        _check(code, f"clusters of {cluster}")
+        return count.value
+
 
 @functools.cache
 def _load(

@@ -1,0 +1,179 @@
+"""The loop kernel alone: correct against float64 first, then microseconds a layer and where they go.
+
+    python benchmarks/expert_loop.py --out results/
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import traceback
+from pathlib import Path
+
+import torch
+from hybrid_policy.kernels import expert, fp8, nvfp4
+from hybrid_policy.kernels.expert_loop import FEATURES, HEAD_DIM, HEADS, STAGES, WIDTH, ExpertLoop
+from hybrid_policy.kernels.expert_reference import ReferenceLayer, layer_reference
+from hybrid_policy.kernels.qkv import rope_tables
+
+DEVICE = torch.device("cuda")
+RECIPES = {
+    "h100": {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "e4m3"},
+    "seed": {"qkv": "bf16", "o": "bf16", "gate_up": "nvfp4", "down": "e4m3"},
+    "bf16": dict.fromkeys(STAGES, "bf16"),
+    "fp8": dict.fromkeys(STAGES, "e4m3"),
+}
+EVENTS = (
+    "q k v: activations there", "q k v: product", "q k v: exchange", "q k v: written", "attention", "o: activations there",
+    "o: product, pushed", "o: written", "gate up: activations there", "gate up: product", "gate up: exchange",
+    "gate up: written", "down: activations there", "down: product", "down: written",
+)  # fmt: skip
+
+
+def weight_of(fmt: str, n: int, k: int):
+    """A random weight in a format."""
+    dense = torch.randn(n, k, device=DEVICE) / k**0.5
+    if fmt == "bf16":
+        return dense.bfloat16()
+    return fp8.quantize(dense, per_row=False) if fmt == "e4m3" else nvfp4.quantize(dense, rule="max")
+
+
+def build(formats, layers, steps, tokens, valid, capacity, *, same=False, **options):
+    """A packed loop, its reference layers by step, caches and tables. same: one layer's weights for all (quick)."""
+    loop = ExpertLoop(layers, steps, tokens, capacity, formats, DEVICE, **options)
+    keys = torch.randn(layers, capacity, 1, HEAD_DIM, device=DEVICE).bfloat16()
+    values = torch.randn_like(keys)
+    keys[:, valid:], values[:, valid:] = float("nan"), float("nan")  # never to be looked at
+    reference, weights = [], None
+    for i in range(layers):
+        if weights is None or not same:
+            shapes = {"q": ("qkv", HEADS * HEAD_DIM), "k": ("qkv", HEAD_DIM), "v": ("qkv", HEAD_DIM), "o": ("o", WIDTH)}
+            shapes |= {"gate": ("gate_up", FEATURES), "up": ("gate_up", FEATURES), "down": ("down", WIDTH)}
+            weights = {name: weight_of(formats[s], n, STAGES[s][1]) for name, (s, n) in shapes.items()}
+            dense = {name: expert.decoded(*expert.stack([w])) for name, w in weights.items()}
+        factors = tuple(1 + 0.3 * torch.randn(steps, WIDTH, device=DEVICE) for _ in range(2))
+        shifts = tuple(0.3 * torch.randn(steps, WIDTH, device=DEVICE) for _ in range(2))
+        gates = tuple(torch.randn(steps, WIDTH, device=DEVICE) for _ in range(2))
+        loop.pack(i, "qkv", [weights["q"], weights["k"], weights["v"]], shifts[0])
+        loop.pack(i, "o", [weights["o"]])
+        loop.pack(i, "gate_up", [weights["gate"], weights["up"]], shifts[1])
+        loop.pack(i, "down", [weights["down"]])
+        loop.modulate(i, factors, gates)
+        reference.append(
+            [
+                ReferenceLayer(**dense, factors=pick(factors, s), shifts=pick(shifts, s), gates=pick(gates, s))
+                for s in range(steps)
+            ]
+        )
+    return loop, reference, keys, values, rope_tables(capacity, HEAD_DIM, DEVICE)
+
+
+def pick(pair, step):
+    """Both tensors' row of a step."""
+    return pair[0][step], pair[1][step]
+
+
+def check(formats, layers=3, steps=2, tokens=50, valid=560, capacity=610) -> float:
+    """Relative error of the stream after all steps against float64."""
+    torch.manual_seed(0)
+    loop, reference, keys, values, tables = build(formats, layers, steps, tokens, valid, capacity)
+    start = torch.tensor([valid], dtype=torch.int32, device=DEVICE)
+    h = torch.randn(tokens, WIDTH, device=DEVICE)
+    expected, first = h.double(), None
+    for s in range(steps):
+        for i in range(layers):
+            expected = layer_reference(
+                expected, reference[i][s], keys[i, :valid].double(), values[i, :valid].double(), tables
+            )
+    for _ in range(3):
+        x = h.clone()
+        loop.start()
+        for s in range(steps):
+            loop(x, s, keys, values, start, tables)
+        torch.cuda.synchronize()
+        assert first is None or torch.equal(first, x), "two runs differ"
+        first = x
+    return ((first.double() - expected).norm() / expected.norm()).item()
+
+
+def measure(formats, valid, layers=18, steps=10, tokens=50, trace=False):
+    """Microseconds a layer of a captured loop of all steps; and the clocks of the last step where traced."""
+    torch.manual_seed(0)
+    loop, _, keys, values, tables = build(formats, layers, steps, tokens, valid, valid + tokens, same=True, trace=trace)
+    start = torch.tensor([valid], dtype=torch.int32, device=DEVICE)
+    h0 = torch.randn(tokens, WIDTH, device=DEVICE)
+    h = h0.clone()
+
+    def run():
+        h.copy_(h0)
+        loop.start()
+        for s in range(steps):
+            loop(h, s, keys, values, start, tables)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(30):
+        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        a.record()
+        graph.replay()
+        b.record()
+        b.synchronize()
+        times.append(a.elapsed_time(b) * 1e3)
+    times.sort()
+    return times[len(times) // 2] / (layers * steps), loop
+
+
+def clocks_table(loop) -> None:
+    """Nanoseconds (at 1.755 GHz) from stage to stage, median and 90 % over blocks and layers."""
+    clocks = loop.clocks[:, 1:].double()  # the first layer waits for the launch
+    steps = (clocks[..., 1:] - clocks[..., :-1]) / 1.755
+    for name, blocks in (("projects, attends", slice(0, 80)), ("attends", slice(80, 104)), ("neither", slice(104, 128))):
+        print(f"  blocks that {name}: nanoseconds, median (90 %)")
+        for i, event in enumerate(EVENTS):
+            part = steps[blocks, :, i].flatten()
+            part = part[(part > 0) & (part < 1e6)]
+            if len(part):
+                print(f"    {event:28s} {part.median().item():8.0f} ({part.quantile(0.9).item():.0f})")
+        whole = (clocks[blocks, 1:, 0] - clocks[blocks, :-1, 0]) / 1.755
+        print(f"    a layer {whole.median().item():.0f}")
+
+
+def main() -> None:
+    """Print, and write rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--trace", action="store_true")
+    arguments = parser.parse_args()
+    print(torch.cuda.get_device_name(), torch.__version__)
+    rows = []
+    for name, formats in RECIPES.items():
+        row = {"recipe": name}
+        try:
+            for case, options in (("2x48", {}), ("3x200", {"valid": 968, "capacity": 1018}), ("16 tokens", {"tokens": 16})):
+                row[f"error {case}"] = check(formats, **options)
+                print(f"{name} {case}: relative error {row[f'error {case}']:.2e}", flush=True)
+            for case, valid in (("2x48", 560), ("3x200", 968)):
+                row[f"us a layer {case}"] = measure(formats, valid)[0]
+                print(f"{name} {case}: {row[f'us a layer {case}']:.2f} us a layer", flush=True)
+            if arguments.trace:
+                clocks_table(measure(formats, 560, trace=True)[1])
+        except Exception:
+            traceback.print_exc()
+            torch.cuda.synchronize()  # a trap leaves nothing to go on with
+        rows.append(row)
+    print(json.dumps(rows, indent=1))
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        with (arguments.out / "expert_loop_h100.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, sorted({key for row in rows for key in row}))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

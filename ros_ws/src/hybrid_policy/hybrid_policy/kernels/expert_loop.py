@@ -1,0 +1,267 @@
+"""All layers of the action expert in one launch: host side of expert_loop.cu.
+
+The same layer as in `hybrid_policy.kernels.expert`, for pi0.5's own expert (width 1024, GeGLU 4096, eight query heads
+and one of keys and values, 256 each), 8 to 64 tokens, on a Hopper GPU that can hold 16 clusters of 8 blocks at once.
+The launch stays on the device for a whole pass: weights stream ahead of need, blocks exchange activations by polling.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hybrid_policy.errors import InputError
+from hybrid_policy.kernels import expert, expert_packing
+from hybrid_policy.kernels.expert import Weight
+from hybrid_policy.kernels.nvrtc import Kernel
+
+SOURCES = tuple(
+    Path(__file__).with_name(f"expert_{part}.cu")
+    for part in ("common", "loop_parts", "loop_layout", "loop_attention", "loop")
+)
+CLUSTERS, CLUSTER, WARPS = 16, 8, 8
+WIDTH, FEATURES, HEADS, HEAD_DIM = 1024, 4096, 8, 256
+#: stages with weights: rows, K, and k steps of 16 of one warp
+STAGES = {
+    "qkv": ((HEADS + 2) * HEAD_DIM, WIDTH, 16),
+    "o": (WIDTH, HEADS * HEAD_DIM, 8),
+    "gate_up": (2 * FEATURES, WIDTH, 32),
+    "down": (WIDTH, FEATURES, 16),
+}
+QKV_BLOCKS = STAGES["qkv"][0] // 64 * 2
+#: k steps and bytes of one bulk copy
+PIECE = {"bf16": (2, 1024), "e4m3": (4, 1024), "nvfp4": (8, 1280)}
+STATIC_BYTES = 5120  # barriers and small tables beside the dynamic shared memory
+_EMPTY = -1  # a word of mail that has not been written
+
+
+@dataclass(frozen=True)
+class LoopPlan:
+    """Sizes that follow from tokens and cache. keys: rows of the cache a block attends to, at most."""
+
+    tokens: int
+    padded: int
+    keys: int
+    slots: int
+
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory; as laid out in expert_loop_layout.cu."""
+        pitch = HEAD_DIM * 2 + 16
+        x = -(-max(self.padded * 1024, self.keys * pitch) // 1024) * 1024
+        sums = max(2 * 32768, -(-self.keys * pitch // 128) * 128)
+        before = x + sums + 32 * pitch + 32 * (self.keys * 2 + 16)
+        return -(-before // 128) * 128 + WARPS * self.slots * 1280
+
+    @property
+    def mail_words(self) -> int:
+        """32-bit words of one copy of the mail."""
+        rows = 2 * WIDTH + 2 * HEADS * HEAD_DIM + 2 * HEAD_DIM + FEATURES
+        return self.padded * (rows // 2 + 2 * CLUSTERS)
+
+
+def plan_loop(tokens: int, capacity: int, limit: int) -> LoopPlan | None:
+    """The plan with the longest rings that fits ``limit`` bytes of shared memory; None where none does.
+
+    tokens: of the chunk. capacity: rows of the cache, the chunk's included.
+    """
+    if not CLUSTER <= tokens <= 64 or capacity <= tokens:
+        return None
+    keys = -(-(capacity - tokens) // CLUSTER) + -(-tokens // CLUSTER)
+    keys = -(-keys // 16) * 16
+    if keys > 128:
+        return None
+    padded = 56 if tokens <= 56 else 64
+    for slots in range(12, 2, -1):
+        plan = LoopPlan(tokens, padded, keys, slots)
+        if plan.shared() + STATIC_BYTES <= limit:
+            return plan
+    return None
+
+
+def pieces(fmt: str, values: Tensor, scales: Tensor | None) -> Tensor:
+    """Rows of W cut into bulk copies: uint8 [N / 16, K / 16 / steps, bytes].
+
+    Lane ``4g + t`` holds wgmma's A fragment of 16 rows and 16 k: element (k8, r8, e) is row ``2g + r8``, k
+    ``2t + 8 k8 + e``. bf16 and E4M3 lie as in `expert_packing`. NVFP4: two times 512 bytes of codes (four k steps, a
+    32-bit word each and lane), then two times 128 bytes of scales: for each g four words, one a k step, of
+    bf16(scale · 2^119) of rows 2g (low) and 2g + 1.
+    """
+    n, k = values.shape
+    steps, size = PIECE[fmt]
+    raw = values if fmt != "e4m3" else values.view(torch.uint8)
+    # T g r8 S k8 t e -> T S g t k8 r8 e
+    f = raw.reshape(n // 16, 8, 2, k // 16, 2, 4, 2).permute(0, 3, 1, 5, 4, 2, 6)
+    if fmt == "bf16":
+        return f.contiguous().view(torch.uint8).reshape(n // 16, -1, size)
+    if fmt == "e4m3":
+        pairs = f.unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5, 6, 7)  # T S' g t step k8 r8 e
+        return pairs.contiguous().reshape(n // 16, -1, size)
+    assert scales is not None
+    words = expert_packing.nibbles_to_words(f)  # T S g t
+    words = words.unflatten(1, (-1, 2, 4)).permute(0, 1, 2, 4, 5, 3)  # T P half g t step
+    codes = words.contiguous().view(torch.uint8).reshape(n // 16, -1, 1024)
+    wide = expert_packing.wide_scales(scales).reshape(n // 16, 8, 2, -1, 2, 4)  # T g r8 P half step
+    wide = wide.permute(0, 3, 4, 1, 5, 2)  # T P half g step r8
+    return torch.cat((codes, wide.contiguous().view(torch.uint8).reshape(n // 16, -1, 256)), -1)
+
+
+def _shares(stage: str) -> tuple[Tensor, Tensor]:
+    """Which 16 rows, and from which k step on, each block's each warp has: two int64 [128, 8]."""
+    block, warp = torch.arange(CLUSTERS * CLUSTER)[:, None], torch.arange(WARPS)[None]
+    cluster, rank = block // CLUSTER, block % CLUSTER
+    pair, group, row_tile = cluster * 4 + rank // 2, warp // 4, warp % 4
+    if stage == "qkv":
+        return pair * 4 + row_tile, rank % 2 * 32 + group * 16
+    if stage == "gate_up":
+        return pair * 8 + warp, (rank % 2 * 32).expand(-1, WARPS)
+    k = STAGES[stage][1] // 16
+    return (cluster * 4 + row_tile).expand(len(block), -1), rank * (k // 8) + group * (k // 16)
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weights", "row_scale", "vectors", "h", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("cosines", "sines", "valid", "mail", "trace")),
+        *((name, ctypes.c_int) for name in ("layers", "capacity", "turn")),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class ExpertLoop:
+    """The expert's layers, packed layer by layer with `pack`, then launched as a whole.
+
+    Args:
+        layers, steps: of the expert, of the flow.
+        tokens: of a chunk. capacity: rows of the cache.
+        formats: ``qkv``, ``o``, ``gate_up``, ``down`` -> bf16, e4m3 or nvfp4 (activations are bf16 in each).
+        trace: record clocks of every block and stage in `clocks`.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        steps: int,
+        tokens: int,
+        capacity: int,
+        formats: dict[str, str],
+        device: torch.device,
+        *,
+        pdl: bool = True,
+        trace: bool = False,
+    ) -> None:
+        plan = plan_loop(tokens, capacity, expert.shared_limit(device))
+        if plan is None:
+            raise InputError(f"expert loop: {tokens} tokens, {capacity} rows of cache: no plan fits this device")
+        self.plan, self._layers, self._capacity, self._formats = plan, layers, capacity, dict(formats)
+        sizes = {name: STAGES[name][2] // PIECE[fmt][0] * PIECE[fmt][1] for name, fmt in formats.items()}
+        self._offsets = {}
+        at = 0
+        for name in STAGES:
+            self._offsets[name] = at
+            at += sizes[name]
+        self._long, self._sizes = at, sizes
+        blocks, tail = CLUSTERS * CLUSTER, at - sizes["qkv"]
+        head = QKV_BLOCKS * WARPS * layers * self._long
+        self.weights = torch.empty(head + (blocks - QKV_BLOCKS) * WARPS * layers * tail, dtype=torch.uint8, device=device)
+        self._with_qkv = self.weights[:head].view(QKV_BLOCKS, WARPS, layers, self._long)
+        self._without = self.weights[head:].view(blocks - QKV_BLOCKS, WARPS, layers, tail)
+        rows = sum(shape[0] for shape in STAGES.values())
+        self.row_scale = torch.empty(layers, rows, device=device)
+        self.vectors = torch.empty(steps, layers, rows + 3 * WIDTH, device=device)
+        self._mail = torch.full((3, plan.mail_words), _EMPTY, dtype=torch.int32, device=device)
+        self.clocks = torch.zeros(blocks, layers, 16, dtype=torch.int64, device=device) if trace else None
+        macros = {"TOKENS": tokens, "MT": plan.padded, "KEYS": plan.keys, "SLOTS": plan.slots}
+        macros |= {f"FORMAT_{name.upper()}": expert.FORMATS[fmt] for name, fmt in formats.items()}
+        self._kernel = Kernel(
+            SOURCES, "expert_loop", macros | {"PDL": int(pdl), "TRACE": int(trace)},
+            threads=WARPS * 32, shared=plan.shared(), pdl=pdl, specific=True,
+        )  # fmt: skip
+        room = self._kernel.active_clusters((CLUSTERS * CLUSTER, 1), CLUSTER)
+        if room < CLUSTERS:
+            raise InputError(f"expert loop: this device holds {room} clusters of {CLUSTER} blocks at once, {CLUSTERS} needed")
+        self.route = f"expert_loop.cu {', '.join(f'{name} {fmt}' for name, fmt in formats.items())}"
+
+    def pack(self, layer: int, stage: str, weights: list[Weight], shift: Tensor | None = None) -> None:
+        """Put one stage's weights in their place.
+
+        weights: q, k, v; o; gate, up; or down. shift: of the norm before, float32 [steps, K], for qkv and gate_up.
+        """
+        fmt, values, scales, rows = expert.stack(weights)
+        epilogue = {"qkv": expert.QKV, "gate_up": expert.GEGLU}.get(stage, expert.RESIDUAL)
+        shape = STAGES[stage][:2]
+        if tuple(values.shape) != shape or fmt != self._formats[stage]:
+            given = (fmt, tuple(values.shape))
+            raise InputError.at("expert loop", f"layers.{layer}.{stage}", given, f"{self._formats[stage]} {shape}")
+        order = expert.row_order(epilogue, len(values), HEAD_DIM, values.device)
+        at = {name: sum(STAGES[n][0] for n in list(STAGES)[:i]) for i, name in enumerate(STAGES)}[stage]
+        factor = expert_packing.NVFP4_FACTOR if fmt == "nvfp4" else 1.0
+        self.row_scale[layer, at : at + shape[0]] = rows[order] * factor
+        if shift is not None:
+            product = shift.float() @ expert.decoded(fmt, values, scales, rows).T
+            begin = {"qkv": WIDTH, "gate_up": WIDTH + STAGES["qkv"][0] + 2 * WIDTH}[stage]
+            self.vectors[:, layer, begin : begin + shape[0]] = product[:, order]
+        cut = pieces(fmt, expert.rows_of(values, order), None if scales is None else expert.rows_of(scales, order))
+        steps, size = PIECE[fmt]
+        tiles, first = (share.to(values.device) for share in _shares(stage))
+        count = STAGES[stage][2] // steps
+        index = (first // steps)[..., None] + torch.arange(count, device=values.device)
+        active = QKV_BLOCKS if stage == "qkv" else len(tiles)
+        taken = cut[tiles[:active, :, None], index[:active]].flatten(2)  # [blocks, warps, bytes]
+        offset = self._offsets[stage]
+        self._with_qkv[:, :, layer, offset : offset + count * size] = taken[:QKV_BLOCKS]
+        if stage != "qkv":
+            offset -= self._sizes["qkv"]
+            self._without[:, :, layer, offset : offset + count * size] = taken[QKV_BLOCKS:]
+
+    def modulate(self, layer: int, factors: tuple[Tensor, Tensor], gates: tuple[Tensor, Tensor]) -> None:
+        """A layer's two norms: 1 + scale, and gate, float32 [steps, WIDTH] each."""
+        qkv, gate_up = STAGES["qkv"][0], STAGES["gate_up"][0]
+        second = WIDTH + qkv
+        for begin, value in (
+            (0, factors[0]),
+            (second, gates[0]),
+            (second + WIDTH, factors[1]),
+            (second + 2 * WIDTH + gate_up, gates[1]),
+        ):
+            self.vectors[:, layer, begin : begin + WIDTH] = value
+
+    def start(self) -> None:
+        """Empty the mail; before the first step of an inference, so that a broken-off one leaves nothing behind."""
+        self._mail.fill_(_EMPTY)
+
+    def __call__(
+        self, h: Tensor, step: int, keys: Tensor, values: Tensor, valid: Tensor, tables: tuple[Tensor, Tensor]
+    ) -> None:
+        """All layers of one flow step.
+
+        Args:
+            h: float32 [tokens, WIDTH], the residual stream, in place. step: of the flow; steps follow each other from 0.
+            keys, values: bf16 [layers, capacity, 1, HEAD_DIM], the prefix's; the chunk's own are not written.
+            valid: int32 [1], rows of the prefix. tables: from `rope_tables`.
+        """
+        cache = (self._layers, self._capacity, 1, HEAD_DIM)
+        for name, x, shape, dtype in (
+            ("h", h, (self.plan.tokens, WIDTH), torch.float32),
+            ("keys", keys, cache, torch.bfloat16),
+            ("values", values, cache, torch.bfloat16),
+        ):
+            if tuple(x.shape) != shape or x.dtype != dtype or not x.is_contiguous():
+                raise InputError.at("expert loop", name, (tuple(x.shape), x.dtype), f"contiguous {dtype} {shape}")
+        self._kernel(
+            (CLUSTERS * CLUSTER, 1),
+            _Arguments(
+                self.weights.data_ptr(), self.row_scale.data_ptr(), self.vectors[step].data_ptr(), h.data_ptr(),
+                keys.data_ptr(), values.data_ptr(), tables[0].data_ptr(), tables[1].data_ptr(), valid.data_ptr(),
+                self._mail.data_ptr(), None if self.clocks is None else self.clocks.data_ptr(),
+                self._layers, self._capacity, step * self._layers % 3, 1e-6, HEAD_DIM**-0.5 * 1.4426950408889634,
+            ),
+        )  # fmt: skip
+
+    def nbytes(self) -> int:
+        """Bytes of weights, vectors and mail."""
+        return self.weights.nbytes + self.row_scale.nbytes + self.vectors.nbytes + self._mail.nbytes

@@ -1,0 +1,200 @@
+// ------------------------------------------------------------------------------------ the loop kernel's attention
+// 32 rows (token * HEADS + head) a cluster; each block has a part of the prefix's keys and of the chunk's own.
+
+struct KeyRange {
+    int first, prefix;   // rows of the cache
+    int token, tokens;   // rows of the chunk
+    __device__ __forceinline__ KeyRange(int valid, int rank) {
+        const int share = (valid + CLUSTER - 1) / CLUSTER;
+        constexpr int OWN = (TOKENS + CLUSTER - 1) / CLUSTER;
+        first = rank * share, prefix = max(0, min(share, valid - first));
+        token = rank * OWN, tokens = max(0, min(OWN, TOKENS - token));
+    }
+    __device__ __forceinline__ int count() const { return prefix + tokens; }
+};
+
+// the prefix's rows were there before the launch: they come while the queries are still computed
+__device__ __forceinline__ void fetch_prefix(const Place& at, const KeyRange& range, u32 to, const u16* cache) {
+    for (int i = at.tid; i < range.prefix * (HEAD_DIM / 8); i += THREADS) {
+        const int row = i / (HEAD_DIM / 8), piece = i % (HEAD_DIM / 8);
+        copy16(to + row * PITCH + piece * 16, cache + (size_t)(range.first + row) * HEAD_DIM + piece * 8);
+    }
+}
+
+// the chunk's own rows come as mail; zeros behind them up to a multiple of 16
+__device__ __forceinline__ void take_rows(const Place& at, const KeyRange& range, u32 to, const u8* from) {
+    const int end = (range.count() + 15) / 16 * 16;
+    for (int i = at.tid; i < (end - range.prefix) * (HEAD_DIM / 8); i += THREADS) {
+        const int row = i / (HEAD_DIM / 8), piece = i % (HEAD_DIM / 8);
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (row < range.tokens) v = await4(from + ((range.token + row) * HEAD_DIM + piece * 8) * 2);
+        store_shared4(to + (range.prefix + row) * PITCH + piece * 16, v);
+    }
+}
+
+struct AttentionMemory {
+    float top[8][QUERIES], sum[8][QUERIES];  // by warp
+    float all_top[QUERIES], all_sum[QUERIES];
+};
+
+__device__ __forceinline__ void attend(
+    const Place& at, const KeyRange& range, u8* memory, AttentionMemory& m, const u8* mail_in, u8* mail, u8* next, float scale) {
+    const u32 base = shared_address(memory), k_to = base + A_X, v_to = base + A_SUMS, q_to = base + A_Q;
+    const int first_row = at.cluster * QUERIES, lane = at.lane, warp = at.warp;
+    {
+        constexpr int PIECES = HEAD_DIM / 8, TURNS = QUERIES * PIECES / THREADS;
+        uint4 v[TURNS];
+        const int row = at.tid / PIECES, piece = at.tid % PIECES;
+        const u8* from = mail_in + M_Q + ((size_t)(first_row + row) * HEAD_DIM + piece * 8) * 2;
+#pragma unroll
+        for (int j = 0; j < TURNS; j++) {
+            const int r = row + j * (THREADS / PIECES);
+            v[j] = make_uint4(0, 0, 0, 0);
+            if (first_row + r < TOKENS * HEADS) v[j] = await4(from + (size_t)j * (THREADS / PIECES) * HEAD_DIM * 2);
+        }
+#pragma unroll
+        for (int j = 0; j < TURNS; j++) store_shared4(q_to + (row + j * (THREADS / PIECES)) * PITCH + piece * 16, v[j]);
+    }
+    take_rows(at, range, k_to, mail_in + M_K);
+    take_rows(at, range, v_to, mail_in + M_V);
+    copies_done();
+    __syncthreads();
+
+    const int count = range.count(), g = at.g, t = at.t;
+    float s[2][2][4], top[2][2];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) s[i][n][j] = 0.0f;
+    if (warp * 16 < count) {  // scores: this warp's 16 keys against all rows
+        const u32 q_base = q_to + (lane % 16) * PITCH + (lane / 16) * 16;
+        const u32 k_base = k_to + (warp * 16 + (lane / 16) * 8 + lane % 8) * PITCH + ((lane / 8) % 2) * 16;
+#pragma unroll 8
+        for (int k = 0; k < HEAD_DIM / 16; k++) {
+            u32 a0[4], a1[4], b[4];
+            ldmatrix4(a0, q_base + k * 32);
+            ldmatrix4(a1, q_base + 16 * PITCH + k * 32);
+            ldmatrix4(b, k_base + k * 32);
+            mma(s[0][0], a0, b[0], b[1]);
+            mma(s[0][1], a0, b[2], b[3]);
+            mma(s[1][0], a1, b[0], b[1]);
+            mma(s[1][1], a1, b[2], b[3]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float best = MINUS_INFINITY;
+#pragma unroll
+            for (int n = 0; n < 2; n++)
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    float& score = s[i][n][half * 2 + j];
+                    score = warp * 16 + n * 8 + t * 2 + j < count ? score * scale : MINUS_INFINITY;
+                    best = fmaxf(best, score);
+                }
+            best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
+            best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+            if (t == 0) m.top[warp][i * 16 + half * 8 + g] = best;
+        }
+    __syncthreads();
+    u8* const p_memory = memory + A_P;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = i * 16 + half * 8 + g;
+            float best = m.top[0][row];
+#pragma unroll
+            for (int w = 1; w < 8; w++) best = fmaxf(best, m.top[w][row]);
+            top[i][half] = best;
+            const float from = best == MINUS_INFINITY ? 0.0f : best;  // no keys here at all
+            float total = 0.0f;
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                const float p0 = exp2_of(s[i][n][half * 2] - from), p1 = exp2_of(s[i][n][half * 2 + 1] - from);
+                total += p0 + p1;
+                if (warp * 16 < KEYS)
+                    *reinterpret_cast<u32*>(p_memory + row * P_PITCH + (warp * 16 + n * 8 + t * 2) * 2) = pack_bf16(p0, p1);
+            }
+            total += __shfl_xor_sync(0xffffffffu, total, 1);
+            total += __shfl_xor_sync(0xffffffffu, total, 2);
+            if (t == 0) m.sum[warp][row] = total;
+        }
+    __syncthreads();
+    constexpr int DIMS = HEAD_DIM / 8;  // of a warp here, of a block below
+    float acc[2][DIMS / 8][4];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int n = 0; n < DIMS / 8; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) acc[i][n][j] = 0.0f;
+    const u32 p_base = base + A_P + (lane % 16) * P_PITCH + (lane / 16) * 16;
+    const u32 v_base = v_to + (lane % 16) * PITCH + (warp * DIMS + (lane / 16) * 8) * 2;
+#pragma unroll 2
+    for (int k = 0; k < (count + 15) / 16; k++) {
+        u32 a0[4], a1[4];
+        ldmatrix4(a0, p_base + k * 32);
+        ldmatrix4(a1, p_base + 16 * P_PITCH + k * 32);
+#pragma unroll
+        for (int n = 0; n < DIMS / 8; n += 2) {
+            u32 b[4];
+            ldmatrix4_transposed(b, v_base + k * 16 * PITCH + n * 16);
+            mma(acc[0][n], a0, b[0], b[1]);
+            mma(acc[0][n + 1], a0, b[2], b[3]);
+            mma(acc[1][n], a1, b[0], b[1]);
+            mma(acc[1][n + 1], a1, b[2], b[3]);
+        }
+    }
+    float* const o_memory = reinterpret_cast<float*>(memory + A_X);  // the keys' place: all scores are done
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = i * 16 + half * 8 + g;
+            if (warp == 0 && t == 0) {
+                float total = 0.0f;
+#pragma unroll
+                for (int w = 0; w < 8; w++) total += m.sum[w][row];
+                m.all_top[row] = top[i][half], m.all_sum[row] = total;
+            }
+#pragma unroll
+            for (int n = 0; n < DIMS / 8; n++)
+                *reinterpret_cast<float2*>(o_memory + row * O_PITCH + warp * DIMS + n * 8 + t * 2) =
+                    make_float2(acc[i][n][half * 2], acc[i][n][half * 2 + 1]);
+        }
+    publish_shared();
+    wait_for_cluster();
+    const u32 o_at = base + A_X, top_at = shared_address(m.all_top), sum_at = shared_address(m.all_sum);
+    const int r = at.tid / (DIMS / 4), dim = at.rank * DIMS + at.tid % (DIMS / 4) * 4, row = first_row + r;
+    static_assert(QUERIES * (DIMS / 4) == THREADS, "one item a thread");
+    if (row < TOKENS * HEADS) {
+        float tops[CLUSTER], sums[CLUSTER], best = MINUS_INFINITY;
+        float4 parts[CLUSTER];
+#pragma unroll
+        for (int c = 0; c < CLUSTER; c++) {
+            tops[c] = load_remote(of_rank(top_at + r * 4, c));
+            sums[c] = load_remote(of_rank(sum_at + r * 4, c));
+            parts[c] = load_remote4(of_rank(o_at + (r * O_PITCH + dim) * 4, c));
+        }
+#pragma unroll
+        for (int c = 0; c < CLUSTER; c++) best = fmaxf(best, tops[c]);
+        float weight = 0.0f, o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+        for (int c = 0; c < CLUSTER; c++) {
+            const float w = exp2_of(tops[c] - best);
+            weight = fmaf(w, sums[c], weight);
+            o[0] = fmaf(w, parts[c].x, o[0]), o[1] = fmaf(w, parts[c].y, o[1]);
+            o[2] = fmaf(w, parts[c].z, o[2]), o[3] = fmaf(w, parts[c].w, o[3]);
+        }
+        const float inverse = 1.0f / weight;
+        const int place = M_SEEN + (row * HEAD_DIM + dim) * 2;
+        post2(mail + place, pack_bf16(o[0] * inverse, o[1] * inverse), pack_bf16(o[2] * inverse, o[3] * inverse));
+        post2(next + place, EMPTY, EMPTY);
+    }
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");  // no more reading of the peers' sums
+}

@@ -1,0 +1,149 @@
+// ------------------------------------------------------------------------------- all layers of the expert, one launch
+// 16 clusters of 8 blocks stay on the device for a whole pass over the layers. Weights stream into each warp's ring,
+// ahead of need; blocks hand each other activations as mail (expert_loop_parts.cu), so that a stage begins as soon as
+// its last word is there. The residual stream never leaves the registers of the blocks that own it.
+//
+// Rows of W and parts of K:    rows               K
+//   QKV (norm, RoPE)           64 a pair          halves by block of the pair, halves again by warpgroup
+//   output (+ residual)        64 a cluster       eighths by block, halves again by warpgroup
+//   gate/up (norm, GeGLU)      128 a pair         halves by block; a warpgroup has 64 of the rows
+//   down (+ residual)          64 a cluster       eighths by block, halves again by warpgroup
+// Attention: 32 rows (token, head) a cluster, keys by block. Partial sums meet in the block that owns their tokens.
+//
+// Macros: TOKENS; MT (56 or 64); KEYS (of a block, at most; a multiple of 16); FORMAT_QKV,
+// FORMAT_O, FORMAT_GATE_UP, FORMAT_DOWN; SLOTS of the rings; PDL; TRACE.
+
+constexpr int CLUSTERS = 16, CLUSTER = 8;
+constexpr int WIDTH = 1024, FEATURES = 4096, HEADS = 8, HEAD_DIM = 256, HALF = HEAD_DIM / 2;
+constexpr int QKV_ROWS = (HEADS + 2) * HEAD_DIM, QKV_PAIRS = QKV_ROWS / 64;
+constexpr int LOW_TILES = (NT + 1) / 2;  // token tiles of a pair's first block
+
+// floats of a layer in row_scale, and in vectors
+constexpr int R_QKV = 0, R_O = R_QKV + QKV_ROWS, R_GATE_UP = R_O + WIDTH, R_DOWN = R_GATE_UP + 2 * FEATURES;
+constexpr int R_LAYER = R_DOWN + WIDTH;
+constexpr int V_FACTOR1 = 0, V_QKV = V_FACTOR1 + WIDTH, V_GATE1 = V_QKV + QKV_ROWS, V_FACTOR2 = V_GATE1 + WIDTH;
+constexpr int V_GATE_UP = V_FACTOR2 + WIDTH, V_GATE2 = V_GATE_UP + 2 * FEATURES, V_LAYER = V_GATE2 + WIDTH;
+
+// bytes of one copy of the mail
+constexpr int M_IN1 = 0, M_Q = M_IN1 + MT * WIDTH * 2, M_K = M_Q + MT * HEADS * HEAD_DIM * 2, M_V = M_K + MT * HEAD_DIM * 2;
+constexpr int M_SEEN = M_V + MT * HEAD_DIM * 2, M_IN2 = M_SEEN + MT * HEADS * HEAD_DIM * 2, M_ACT = M_IN2 + MT * WIDTH * 2;
+constexpr int M_SQUARES1 = M_ACT + MT * FEATURES * 2, M_SQUARES2 = M_SQUARES1 + CLUSTERS * MT * 4;
+constexpr int MAIL = M_SQUARES2 + CLUSTERS * MT * 4;
+
+// shared memory: activations (or keys), partial sums twice (or values), queries, probabilities, rings
+constexpr int PITCH = HEAD_DIM * 2 + 16, P_PITCH = KEYS * 2 + 16, O_PITCH = HEAD_DIM + 4, QUERIES = 32;
+constexpr int SUMS = 32768;  // bytes of partial sums that a block may receive
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+constexpr int round_up(int a, int to) { return (a + to - 1) / to * to; }
+constexpr int A_X = 0, A_SUMS = round_up(larger(MT * 1024, KEYS * PITCH), 1024);
+constexpr int A_Q = A_SUMS + larger(2 * SUMS, round_up(KEYS * PITCH, 128)), A_P = A_Q + QUERIES * PITCH;
+constexpr int A_RINGS = round_up(A_P + QUERIES * P_PITCH, 128), SHARED = A_RINGS + 8 * SLOTS * 1280;
+static_assert(QUERIES * O_PITCH * 4 <= A_SUMS && KEYS % 16 == 0 && KEYS <= 128 && SHARED <= 232448 - 5120, "shared memory");
+
+constexpr int N_QKV = 16 / Piece<FORMAT_QKV>::STEPS, N_O = 8 / Piece<FORMAT_O>::STEPS;
+constexpr int N_GATE_UP = 32 / Piece<FORMAT_GATE_UP>::STEPS, N_DOWN = 16 / Piece<FORMAT_DOWN>::STEPS;
+
+__device__ __forceinline__ int Ring::layer_pieces() const { return qkv_pieces + N_O + N_GATE_UP + N_DOWN; }
+__device__ __forceinline__ int Ring::bytes_at(int place) const {
+    place -= qkv_pieces;
+    if (place < 0) return Piece<FORMAT_QKV>::BYTES;
+    if (place < N_O) return Piece<FORMAT_O>::BYTES;
+    return place < N_O + N_GATE_UP ? Piece<FORMAT_GATE_UP>::BYTES : Piece<FORMAT_DOWN>::BYTES;
+}
+
+struct Arguments {
+    const u8* weights;       // [blocks, warps, layers, pieces]; the blocks that project q, k, v first: theirs are longer
+    const float* row_scale;  // [layers, R_LAYER]
+    const float* vectors;    // this flow step's [layers, V_LAYER]
+    float* h;                // [TOKENS, WIDTH], the residual stream: in and out
+    const u16* keys;         // bf16 [layers, capacity, HEAD_DIM]
+    const u16* values;
+    const float* cosines;    // [capacity, HALF]
+    const float* sines;
+    const int* valid;        // keys of the prefix
+    u8* mail;                // [3, MAIL]
+    long long* trace;        // [blocks, layers, 16] clocks, where TRACE
+    int layers, capacity, turn;  // turn: which copy of the mail the first layer takes
+    float eps, scale;            // scale: log2(e) / sqrt(HEAD_DIM)
+};
+
+struct Place {  // who this thread is
+    int tid, lane, warp, group, cluster, rank, pair;
+    int g, t;
+    bool odd;
+};
+
+__device__ __forceinline__ float4 float4_at(const float* from) { return *reinterpret_cast<const float4*>(from); }
+
+#if TRACE
+#define MARK(i) if (at.tid == 0) p.trace[((size_t)blockIdx.x * p.layers + layer) * 16 + i] = clock64()
+#else
+#define MARK(i)
+#endif
+
+// The next norm's input h * factor and this cluster's part of the sums of squares, from the block that owns the tokens:
+// each thread of a warpgroup has four columns of one token.
+__device__ __forceinline__ void post_stream(
+    const Place& at, const float4& h, const float4& factor, u8* mail, u8* next, int input, int squares, float (*sums)[8]) {
+    const int own = 2 * at.t + at.odd, token = at.rank * 8 + own;
+    const int column = at.cluster * 64 + at.warp * 16 + at.g / 2 * 4;
+    const int place = input + (token * WIDTH + column) * 2;
+    if (token < TOKENS) {
+        post2(mail + place, pack_bf16(h.x * factor.x, h.y * factor.y), pack_bf16(h.z * factor.z, h.w * factor.w));
+        post2(next + place, EMPTY, EMPTY);
+    }
+    float sum = h.x * h.x + h.y * h.y + h.z * h.z + h.w * h.w;
+    sum += __shfl_xor_sync(0xffffffffu, sum, 8);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+    if (at.g < 2) sums[at.warp][own] = sum;
+    group_barrier(0);
+    if (at.tid < 8 && at.rank * 8 + at.tid < TOKENS) {
+        const int box = squares + (at.cluster * MT + at.rank * 8 + at.tid) * 4;
+        post(mail + box, __float_as_uint(sums[0][at.tid] + sums[1][at.tid] + sums[2][at.tid] + sums[3][at.tid]));
+        post(next + box, EMPTY);
+    }
+}
+
+// A quarter of the sums of squares of token tid % 64: asked for early, checked late
+struct Squares {
+    u32 v[4];
+    __device__ __forceinline__ void ask(const Place& at, const u8* from) {
+        const int token = at.tid % 64, first = at.tid / 64 * 4;
+        if (token >= TOKENS) return;
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[i] = peek(from + ((first + i) * MT + token) * 4);
+    }
+    __device__ __forceinline__ void keep(const Place& at, const u8* from, float (*roots)[MT]) {
+        const int token = at.tid % 64, first = at.tid / 64 * 4;
+        if (token >= TOKENS) return;
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum += await_float(from + ((first + i) * MT + token) * 4, v[i]);
+        roots[at.tid / 64][token] = sum;
+    }
+};
+
+__device__ __forceinline__ float root_of(const float (*sums)[MT], int token, float eps) {
+    return rsqrtf((sums[0][token] + sums[1][token] + sums[2][token] + sums[3][token]) / WIDTH + eps);
+}
+
+// Token tile n of a pair's product goes to the pair's block that owns it: where, in its partial sums
+template <int SOURCES_ROWS>
+__device__ __forceinline__ void push_to_pair(const Place& at, const float* d, u32 sums, u32 barrier, int source, int row_tile) {
+    const u32 even = of_rank(sums, at.rank & ~1), uneven = of_rank(sums, at.rank | 1);
+    const u32 even_barrier = of_rank(barrier, at.rank & ~1), uneven_barrier = of_rank(barrier, at.rank | 1);
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        const bool low = n < LOW_TILES;
+        const int place = (((source * 4 + (low ? n : n - LOW_TILES)) * SOURCES_ROWS + row_tile) * 32 + at.lane) * 16;
+        push4((low ? even : uneven) + place, low ? even_barrier : uneven_barrier, d + 4 * n);
+    }
+}
+
+// Token tile n goes to block n of the cluster
+__device__ __forceinline__ void push_to_owners(const Place& at, const float* d, u32 sums, u32 barrier) {
+    const int source = at.rank * 2 + at.group;
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+        push4(of_rank(sums, n) + ((source * 4 + at.warp % 4) * 32 + at.lane) * 16, of_rank(barrier, n), d + 4 * n);
+}

@@ -1,0 +1,256 @@
+// ------------------------------------------------------------------------------------ the loop kernel's parts
+// What expert_loop.cu's stages are made of: a ring of weights a warp, mail between blocks, warpgroup products, and the
+// exchange of partial sums in a cluster. Compiled for sm_90a (wgmma).
+
+constexpr int NT = MT / 8;             // token tiles of a product
+constexpr u32 EMPTY = 0xffffffffu;     // a word of mail that nobody has written: no product, no NaN of the hardware's has it
+constexpr u32 PATIENCE = 1u << 23;     // polls before a wait is called a hang (seconds)
+
+__device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
+// what ordinary stores left in shared memory is next read by wgmma
+__device__ __forceinline__ void publish_to_tensor_core() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- barriers that count bytes
+
+__device__ __forceinline__ void barrier_init(u32 barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void expect_bytes(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void wait_bytes(u32 barrier, u32 parity) {
+    for (u32 tries = 0;; tries++) {
+        u32 done;
+        asm volatile("{\n.reg .pred p;\n"
+                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+        if (done) return;
+        if (tries > PATIENCE) __trap();
+    }
+}
+
+// ---- weights: each warp streams its own, in the order in which it uses them
+
+template <int FORMAT> struct Piece {  // what one bulk copy brings
+    static constexpr int STEPS = FORMAT == 0 ? 2 : FORMAT == 1 ? 4 : 8;  // k steps of 16
+    static constexpr int BYTES = FORMAT == 2 ? 1280 : 1024;              // NVFP4: 2 x 512 of codes, 2 x 128 of scales
+};
+
+struct Ring {
+    u32 data, barriers;    // of this warp, in shared memory
+    const u8* next;        // the next piece to ask for
+    int left;              // pieces not yet asked for
+    int position;          // its place in its layer
+    int slot;              // the piece to use next
+    u32 parity;
+
+    __device__ __forceinline__ int bytes_at(int place) const;  // of a layer's pieces, in expert_loop.cu
+    __device__ __forceinline__ int layer_pieces() const;
+    int qkv_pieces;
+
+    __device__ __forceinline__ void ask(int into, int lane, u64 policy) {
+        if (left == 0) return;
+        const int bytes = bytes_at(position);
+        if (lane == 0) {
+            const u32 barrier = barriers + into * 8;
+            expect_bytes(barrier, bytes);
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+                         ::"r"(data + into * 1280), "l"(next), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
+        }
+        next += bytes, left--;
+        position = position + 1 == layer_pieces() ? 0 : position + 1;
+    }
+    __device__ __forceinline__ u32 arrived() const {
+        wait_bytes(barriers + slot * 8, parity);
+        return data + slot * 1280;
+    }
+    __device__ __forceinline__ void used(int lane, u64 policy) {
+        __syncwarp();
+        ask(slot, lane, policy);
+        if (++slot == SLOTS) slot = 0, parity ^= 1;
+    }
+};
+
+__device__ __forceinline__ uint4 load_shared4(u32 address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    return v;
+}
+
+__device__ __forceinline__ float4 load_shared_float4(u32 address) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
+    return v;
+}
+
+__device__ __forceinline__ void store_shared4(u32 address, const uint4& v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// ---- mail: a word that is not EMPTY has arrived, so no flag, no fence and no second trip is needed. Three copies
+// take turns from layer to layer; whoever writes one empties the next, which everybody has read two layers ago.
+
+__device__ __forceinline__ uint4 peek4(const void* from) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ u32 peek(const void* from) {
+    u32 v;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ bool complete(const uint4& v) {
+    return v.x != EMPTY && v.y != EMPTY && v.z != EMPTY && v.w != EMPTY;
+}
+
+__device__ __forceinline__ uint4 await4(const void* from) {
+    for (u32 tries = 0;; tries++) {
+        const uint4 v = peek4(from);
+        if (complete(v)) return v;
+        if (tries > PATIENCE) __trap();
+    }
+}
+
+__device__ __forceinline__ float await_float(const void* from, u32 first) {
+    for (u32 tries = 0; first == EMPTY; tries++) {
+        first = peek(from);
+        if (tries > PATIENCE) __trap();
+    }
+    return __uint_as_float(first);
+}
+
+__device__ __forceinline__ void post(void* to, u32 value) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void post2(void* to, u32 a, u32 b) {
+    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
+}
+
+// ---- activations: COLUMNS of each token from mail to shared memory as wgmma's B operand (K-major, 128-byte swizzle):
+// [block of 64 columns][token, 128 bytes, its eight 16-byte pieces XOR token % 8]. By GROUP threads; t is one's own.
+
+template <int COLUMNS, int GROUP, int STRIDE>
+__device__ __forceinline__ void take_tokens(u32 to, const u8* from, int t) {
+    constexpr int PIECES = COLUMNS / 8, ROWS = GROUP / PIECES, TURNS = MT / ROWS;
+    static_assert(MT % ROWS == 0 && ROWS <= TOKENS, "turns");
+    const int piece = t % PIECES, first = t / PIECES;
+    const u8* at = from + ((size_t)first * STRIDE + piece * 8) * 2;
+    uint4 v[TURNS];
+    v[0] = await4(at);  // nobody reads everything again and again: one word first
+#pragma unroll
+    for (int j = 1; j < TURNS; j++) {
+        v[j] = make_uint4(0, 0, 0, 0);
+        if (first + j * ROWS < TOKENS) v[j] = peek4(at + (size_t)j * ROWS * STRIDE * 2);
+    }
+    to += piece / 8 * (MT * 128);
+#pragma unroll
+    for (int j = 0; j < TURNS; j++) {
+        const int token = first + j * ROWS;
+        if (!complete(v[j])) v[j] = await4(at + (size_t)j * ROWS * STRIDE * 2);
+        store_shared4(to + token * 128 + ((piece % 8) ^ (token % 8)) * 16, v[j]);
+    }
+    publish_to_tensor_core();
+}
+
+// ---- products of a warpgroup: 64 rows of W, from registers, by MT tokens, from shared memory
+
+#define D4(i) "+f"(d[4 * i]), "+f"(d[4 * i + 1]), "+f"(d[4 * i + 2]), "+f"(d[4 * i + 3])
+
+__device__ __forceinline__ void warpgroup_mma(float (&d)[4 * NT], const u32 (&a)[4], u64 b, int add) {
+#if MT == 56
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %33, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n56k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+                 "%22, %23, %24, %25, %26, %27}, {%28, %29, %30, %31}, %32, p, 1, 1, 0;\n}"
+                 : D4(0), D4(1), D4(2), D4(3), D4(4), D4(5), D4(6)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+#else
+    static_assert(MT == 64, "token tiles");
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+                 "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
+                 : D4(0), D4(1), D4(2), D4(3), D4(4), D4(5), D4(6), D4(7)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+#endif
+}
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+// d = W x over PIECES pieces of the ring; x: shared address of the first block of 64 columns
+template <int FORMAT, int PIECES>
+__device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, u32 x, int lane, u64 policy) {
+    constexpr int STEPS = Piece<FORMAT>::STEPS, PER16 = FORMAT == 0 ? 1 : FORMAT == 1 ? 2 : 4;
+    // K-major, 128-byte swizzle, 1024 bytes from eight tokens to the next eight
+    const u64 b = ((u64)x >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece++) {
+        const u32 from = ring.arrived();
+        uint4 w[2], s[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            w[i] = load_shared4(from + i * 512 + lane * 16);
+            if constexpr (FORMAT == 2) s[i] = load_shared4(from + 1024 + i * 128 + lane / 4 * 16);
+        }
+        ring.used(lane, policy);
+        constexpr int BATCH = STEPS < 4 ? STEPS : 4;  // products under way while the next ones are decoded
+#pragma unroll
+        for (int first = 0; first < STEPS; first += BATCH) {
+            u32 a[BATCH][4];
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) {
+                const int i = (first + j) / PER16, step = (first + j) % PER16;
+                u32 scales = 0;
+                if constexpr (FORMAT == 2) scales = step == 0 ? s[i].x : step == 1 ? s[i].y : step == 2 ? s[i].z : s[i].w;
+                fragment<FORMAT>(a[j], w[i], step, scales);
+            }
+            wgmma_fence();
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) {
+                const int step = piece * STEPS + first + j;
+                warpgroup_mma(d, a[j], b + (u64)((step / 4 * (MT * 128) + step % 4 * 32) >> 4), step != 0);
+            }
+            wgmma_commit();
+            if (piece + first > 0) wgmma_wait<1>();  // the registers of the batch before are free
+        }
+    }
+    wgmma_wait<0>();
+}
+
+// ---- partial sums: 16 bytes of one lane's accumulator to a block of the cluster, counted by its barrier
+
+__device__ __forceinline__ void push4(u32 to, u32 barrier, const float* v) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+                 ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier) : "memory");
+}
+
+// SOURCES' shares of one lane's four sums, added in their order
+template <int SOURCES, int APART>
+__device__ __forceinline__ float4 sum_of(u32 from) {
+    float4 sum = load_shared_float4(from);
+#pragma unroll
+    for (int i = 1; i < SOURCES; i++) {
+        const float4 v = load_shared_float4(from + i * APART);
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    return sum;
+}
+
+// A lane holds rows (2g, 2g + 1) of tokens 2t and 2t + 1 as (2g, 2t), (2g, 2t + 1), (2g + 1, 2t), (2g + 1, 2t + 1).
+// With the lane of g ^ 1 it trades for four rows in a row of one token: 4 (g / 2) .. of token 2t + g % 2.
+__device__ __forceinline__ float4 four_rows(const float4& v, bool odd) {
+    const float a = __shfl_xor_sync(0xffffffffu, odd ? v.x : v.y, 4);
+    const float b = __shfl_xor_sync(0xffffffffu, odd ? v.z : v.w, 4);
+    return odd ? make_float4(a, b, v.y, v.w) : make_float4(v.x, v.z, a, b);
+}

@@ -1,0 +1,58 @@
+"""One layer of the action expert in plain PyTorch, in the dtype of its input: what the kernels are held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ReferenceLayer:
+    """Weights [out, in]; norms' factors (1 + scale), shifts and the gates behind them, [width] each."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    factors: tuple[Tensor, Tensor]
+    shifts: tuple[Tensor, Tensor]
+    gates: tuple[Tensor, Tensor]
+
+
+def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    cosines, sines = cosines[:, None], sines[:, None]
+    return torch.cat((a * cosines - b * sines, b * cosines + a * sines), -1)
+
+
+def layer_reference(
+    h: Tensor, layer: ReferenceLayer, keys: Tensor, values: Tensor, tables: tuple[Tensor, Tensor], eps: float = 1e-6
+) -> Tensor:
+    """The residual stream after one layer.
+
+    Args:
+        h: [tokens, width]. keys, values: [prefix, 1, head_dim], rotated. tables: cosines and sines [capacity, head_dim / 2].
+    """
+    dtype, head_dim, prefix = h.dtype, keys.shape[-1], keys.shape[0]
+    cosines, sines = (table[prefix : prefix + len(h)].to(dtype) for table in tables)
+
+    def normed(i: int) -> Tensor:
+        root = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+        return h * root * layer.factors[i].to(dtype) + layer.shifts[i].to(dtype)
+
+    x = normed(0)
+    q, k, v = ((x @ w.to(dtype).T).unflatten(-1, (-1, head_dim)) for w in (layer.q, layer.k, layer.v))
+    q, k = _rotate(q, cosines, sines), _rotate(k, cosines, sines)
+    k, v = torch.cat((keys.to(dtype), k)), torch.cat((values.to(dtype), v))
+    scores = torch.einsum("thd,kd->thk", q, k[:, 0]) * head_dim**-0.5
+    seen = torch.einsum("thk,kd->thd", scores.softmax(-1), v[:, 0]).flatten(1)
+    h = h + layer.gates[0].to(dtype) * (seen @ layer.o.to(dtype).T)
+    x = normed(1)
+    act = F.gelu(x @ layer.gate.to(dtype).T, approximate="tanh") * (x @ layer.up.to(dtype).T)
+    return h + layer.gates[1].to(dtype) * (act @ layer.down.to(dtype).T)
