@@ -57,7 +57,7 @@ def full_size_policy(robot: RobotFile, recipe_name: str) -> Any:
     from hybrid_policy.runtime.device_weights import build_weights
     from hybrid_policy.runtime.engine import Engine
     from hybrid_policy.runtime.loading import choose_table, device_precisions
-    from hybrid_policy.runtime.random_policy import _byte_tokenizer
+    from hybrid_policy.runtime.random_policy import byte_tokenizer
     from hybrid_policy.runtime.recipe import load_recipe
     from hybrid_policy.runtime.rtc import RealTimeChunking
     from hybrid_policy.runtime.sites import model_sites
@@ -75,7 +75,7 @@ def full_size_policy(robot: RobotFile, recipe_name: str) -> Any:
         )
         backend = CudaBackend(weights, table, rtc, recipe.prefix_cache, name=recipe.name, timing=True)
     tokenizer = Path(tempfile.mkdtemp()) / "tokenizer.json"
-    _byte_tokenizer(tokenizer)
+    byte_tokenizer(tokenizer)
     ends = {"q01": np.full(values, -2.0), "q99": np.full(values, 2.0)}
     norm = Normalization.of("quantiles", "lerobot", ends, values, "range")
     # The prompt without the state: one token a letter makes 40 of them, about what PaliGemma's takes with it.

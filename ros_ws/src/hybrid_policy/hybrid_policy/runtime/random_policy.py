@@ -53,7 +53,7 @@ def random_checkpoint(
     model = Pi05(config)
     randomise(model, seed)
     tokenizer = folder / "tokenizer.json"
-    _byte_tokenizer(tokenizer)
+    byte_tokenizer(tokenizer)
     statistics = {
         key: {"q01": [low for low, _ in limits], "q99": [high for _, high in limits]}
         for key, limits in (("state", state_range), ("action", action_range))
@@ -75,7 +75,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-def _byte_tokenizer(path: Path) -> None:
+def byte_tokenizer(path: Path) -> None:
     """A tokenizer.json that gives each byte a token, with <bos> first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
