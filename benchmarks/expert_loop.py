@@ -164,7 +164,10 @@ def main() -> None:
                 clocks_table(measure(formats, 560, trace=True)[1])
         except Exception:
             traceback.print_exc()
-            torch.cuda.synchronize()  # a trap leaves nothing to go on with
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                break  # a trap leaves nothing to go on with
         rows.append(row)
     print(json.dumps(rows, indent=1))
     if arguments.out:

@@ -16,6 +16,7 @@ import torch
 
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels.linear import PRECISIONS, Precision
+from hybrid_policy.kernels.tiles import gate_up_route
 
 #: What CUTLASS itself says of E2M1 weights with an E4M3 scale a group of 16, times bf16 activations. Read in its
 #: sources, version 4: examples/55_hopper_mixed_dtype_gemm and examples/86_blackwell_mixed_dtype_gemm.
@@ -94,13 +95,19 @@ def _gpu_route(precision: Precision, capability: int, name: str) -> Route:
         return Route(precision, True, f"{stream} up to 64 tokens, cuBLAS above", "measured so on an H100")
     if precision == "nvfp4_w4a16":
         why = "decoded between load and tensor core; no library has this product (CUTLASS: see below)"
-        return Route(precision, True, f"{stream} at every size", why)
+        if gate_up_route(precision, capability) == "wgmma":
+            hopper = "gate and up: wgmma_gate_up (CUDA C++ through NVRTC)"
+            return Route(precision, True, f"{hopper}; other layers: {stream}, at every size", why)
+        return Route(precision, True, f"{stream} at every size", f"{why}; wgmma_gate_up needs 9.0's wgmma")
     if precision == "fp8_w8a8":
         if capability < 89:
             why = f"{name} has no FP8 tensor cores (8.9 or more); take nvfp4_w4a16 or bf16"
             return Route(precision, False, "none", why)
         why = "activations are quantised as they are loaded, or by one kernel before cuBLAS"
-        return Route(precision, True, f"{stream} up to 64 tokens, cuBLAS FP8 above", why)
+        if capability == 90:
+            small = f"wgmma_linear (CUDA C++ through NVRTC; {stream} where K has no whole parts or a norm follows)"
+            return Route(precision, True, f"{small} up to 64 tokens, cuBLAS FP8 above", why)
+        return Route(precision, True, f"{stream} up to 64 tokens, cuBLAS FP8 above", f"{why}; wgmma_linear needs 9.0")
     if capability < 100:
         why = f"{name} has no block-scaled FP4 product (10.0 or more); take nvfp4_w4a16 or fp8_w8a8"
         return Route(precision, False, "none", why)

@@ -1,25 +1,24 @@
 // ------------------------------------------------------------------------------------------ the loop kernel itself
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) expert_loop(const Arguments p) {
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) expert_loop(const Arguments p) {
     extern __shared__ __align__(1024) u8 memory[];
-    __shared__ u64 ring_barriers[8 * SLOTS], sum_barriers[2];
+    __shared__ u64 ring_barriers[8 * SLOTS], sum_barrier;
     __shared__ float squares[4][MT], own_squares[4][8];
     __shared__ AttentionMemory attention;
 
     Place at;
     at.tid = threadIdx.x, at.lane = at.tid % 32, at.warp = at.tid / 32, at.group = at.warp / 4;
-    at.cluster = blockIdx.x / CLUSTER, at.rank = blockIdx.x % CLUSTER, at.pair = at.cluster * 4 + at.rank / 2;
+    at.tile = blockIdx.x / PARTS, at.part = blockIdx.x % PARTS, at.pair = blockIdx.x / 2;
     at.g = at.lane / 4, at.t = at.lane % 4, at.odd = at.g % 2;
-    const int low = at.rank % 2 == 0;                            // the pair's first block
+    const int low = at.part % 2 == 0;                            // the pair's first block
     const bool projects = at.pair < QKV_PAIRS;                   // has rows of q, k or v
-    const bool attends = at.cluster * QUERIES < TOKENS * HEADS;  // has rows of attention
-    const bool owns = at.rank < NT;                              // owns tokens of the residual stream
+    const bool attends = at.tile * QUERIES < TOKENS * HEADS;  // has rows of attention
+    const bool owns = at.part < NT;                              // owns tokens of the residual stream
     const int row_tile = at.warp % 4;
 
     const u32 base = shared_address(memory), x = base + A_X;
-    const u32 pair_sums = base + A_SUMS, owner_sums = pair_sums + SUMS;  // two places: neighbouring stages never share
-    const u32 pair_barrier = shared_address(sum_barriers), owner_barrier = pair_barrier + 8;
-    u32 pair_parity = 0, owner_parity = 0;
+    const u32 pair_sums = base + A_SUMS, scratch = pair_sums + SUMS, pair_barrier = shared_address(&sum_barrier);
+    u32 pair_parity = 0;
 
     Ring ring;
     ring.data = base + A_RINGS + at.warp * (SLOTS * 1280);
@@ -36,23 +35,24 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     u64 policy;  // weights pass once a step: they shall not push keys and vectors out of L2
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     if (at.tid < 8 * SLOTS) barrier_init(shared_address(ring_barriers + at.tid));
-    if (at.tid < 2) barrier_init(shared_address(sum_barriers + at.tid));
+    if (at.tid == 0) barrier_init(pair_barrier);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
     for (int slot = 0; slot < SLOTS; slot++) ring.ask(slot, at.lane, policy);
 
     wait_for_predecessor();
-    const KeyRange range(p.valid[0], at.rank);
+    const KeyRange range(p.valid[0], at.part);
     const int chunk_start = p.valid[0];
 
     // the residual stream: four columns of one token, for the life of the launch
-    const int own_token = at.rank * 8 + 2 * at.t + at.odd, own_column = at.cluster * 64 + row_tile * 16 + at.g / 2 * 4;
+    const int own_token = at.part * 8 + 2 * at.t + at.odd, own_column = at.tile * 64 + row_tile * 16 + at.g / 2 * 4;
     float* const h_at = p.h + (size_t)own_token * WIDTH + own_column;
     const bool holds = owns && at.group == 0;
     float4 h = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     int turn = p.turn;
     u8* mail = p.mail + turn * MAIL;
     u8* next = p.mail + (turn + 1) % 3 * MAIL;
+    u8* parcels = p.parcels + turn * PARCELS;
     if (holds) {
         if (own_token < TOKENS) h = float4_at(h_at);
         post_stream(at, h, float4_at(p.vectors + V_FACTOR1 + own_column), mail, next, M_IN1, M_SQUARES1, own_squares);
@@ -85,14 +85,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 }
             }
             const u32 part = x + at.group * (4 * MT * 128);
-            take_tokens<256, 128, WIDTH>(part, mail + M_IN1 + (at.rank % 2 * 512 + at.group * 256) * 2, at.tid % 128);
+            take_tokens<256, 128, WIDTH>(part, mail + M_IN1 + (at.part % 2 * 512 + at.group * 256) * 2, at.tid % 128);
             group_barrier(at.group);
             MARK(1);
             sums.ask(at, mail + M_SQUARES1);
             product<FORMAT_QKV, N_QKV>(d, ring, part, at.lane, policy);
             MARK(2);
             if (at.tid == 0) expect_bytes(pair_barrier, tiles * (4 * 4 * 512));
-            push_to_pair<4>(at, d, pair_sums, pair_barrier, at.rank % 2 * 2 + at.group, row_tile);
+            push_to_pair<4>(at, d, pair_sums, pair_barrier, at.part % 2 * 2 + at.group, row_tile);
             sums.keep(at, mail + M_SQUARES1, squares);
             __syncthreads();  // the activations are read
             if (attends) fetch_prefix(at, range, x, keys);
@@ -124,38 +124,33 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         // ---- attention
         if (attends) {
             fetch_prefix(at, range, pair_sums, values);
-            attend(at, range, memory, attention, mail, mail, next, p.scale);
+            attend(at, range, memory, attention, mail, next, parcels, p.scale);
         }
         MARK(5);
         // ---- output projection
         {
             const float4 scale = float4_at(row_scale + R_O + own_column), gate = float4_at(vectors + V_GATE1 + own_column);
             const float4 factor = float4_at(vectors + V_FACTOR2 + own_column);
-            if (attends) asm volatile("barrier.cluster.wait;" ::: "memory");  // the peers have read this block's attention
             const u32 part = x + at.group * (2 * MT * 128);
-            take_tokens<128, 128, HEADS * HEAD_DIM>(part, mail + M_SEEN + (at.rank * 256 + at.group * 128) * 2, at.tid % 128);
+            take_tokens<128, 128, HEADS * HEAD_DIM>(part, mail + M_SEEN + (at.part * 256 + at.group * 128) * 2, at.tid % 128);
             group_barrier(at.group);
             MARK(6);
             product<FORMAT_O, N_O>(d, ring, part, at.lane, policy);
-            if (at.tid == 0 && owns) expect_bytes(owner_barrier, SUMS);
-            push_to_owners(at, d, owner_sums, owner_barrier);
-            __syncthreads();
+            post_to_owners(at, d, scratch, parcels + P_OUT);
             MARK(7);
             if (holds) {
-                wait_bytes(owner_barrier, owner_parity);
-                const float4 v = four_rows(sum_of<16, 4 * 512>(owner_sums + (row_tile * 32 + at.lane) * 16), at.odd);
+                const float4 v = four_rows(sum_of_parts(at, parcels + P_OUT), at.odd);
                 h.x = fmaf(v.x * scale.x, gate.x, h.x), h.y = fmaf(v.y * scale.y, gate.y, h.y);
                 h.z = fmaf(v.z * scale.z, gate.z, h.z), h.w = fmaf(v.w * scale.w, gate.w, h.w);
                 post_stream(at, h, factor, mail, next, M_IN2, M_SQUARES2, own_squares);
             }
-            owner_parity ^= 1;
         }
         MARK(8);
         // ---- gate, up
         {
             const int tile = at.warp, row = at.pair * 128 + tile * 16 + at.g / 2 * 4;
             const float4 scale = float4_at(row_scale + R_GATE_UP + row), shift = float4_at(vectors + V_GATE_UP + row);
-            take_tokens<512, 256, WIDTH>(x, mail + M_IN2 + at.rank % 2 * 512 * 2, at.tid);
+            take_tokens<512, 256, WIDTH>(x, mail + M_IN2 + at.part % 2 * 512 * 2, at.tid);
             __syncthreads();
             MARK(9);
             sums.ask(at, mail + M_SQUARES2);
@@ -163,7 +158,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             MARK(10);
             const int tiles = low ? LOW_TILES : NT - LOW_TILES;
             if (at.tid == 0) expect_bytes(pair_barrier, tiles * (2 * 8 * 512));
-            push_to_pair<8>(at, d, pair_sums, pair_barrier, at.rank % 2, tile);
+            push_to_pair<8>(at, d, pair_sums, pair_barrier, at.part % 2, tile);
             sums.keep(at, mail + M_SQUARES2, squares);
             __syncthreads();
             wait_bytes(pair_barrier, pair_parity);
@@ -190,21 +185,20 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             const float4 scale = float4_at(row_scale + R_DOWN + own_column), gate = float4_at(vectors + V_GATE2 + own_column);
             const float4 factor = float4_at(vectors + (last ? 0 : V_LAYER) + V_FACTOR1 + own_column);
             const u32 part = x + at.group * (4 * MT * 128);
-            take_tokens<256, 128, FEATURES>(part, mail + M_ACT + (at.rank * 512 + at.group * 256) * 2, at.tid % 128);
+            take_tokens<256, 128, FEATURES>(part, mail + M_ACT + (at.part * 512 + at.group * 256) * 2, at.tid % 128);
             group_barrier(at.group);
             MARK(13);
             product<FORMAT_DOWN, N_DOWN>(d, ring, part, at.lane, policy);
             MARK(14);
-            if (at.tid == 0 && owns) expect_bytes(owner_barrier, SUMS);
-            push_to_owners(at, d, owner_sums, owner_barrier);
-            asm volatile("fence.acq_rel.gpu;" ::: "memory");  // what this layer emptied is empty for everybody before the next layer's mail
-            __syncthreads();
+            post_to_owners(at, d, scratch, parcels + P_DOWN);
+            asm volatile("fence.acq_rel.gpu;" ::: "memory");  // what this layer emptied is empty for everybody before
+            __syncthreads();                                  // the next layer's mail
+            u8* const sums_at = parcels + P_DOWN;
             turn = turn == 2 ? 0 : turn + 1;
-            mail = next;
+            mail = next, parcels = p.parcels + turn * PARCELS;
             next = p.mail + (turn == 2 ? 0 : turn + 1) * MAIL;
             if (holds) {
-                wait_bytes(owner_barrier, owner_parity);
-                const float4 v = four_rows(sum_of<16, 4 * 512>(owner_sums + (row_tile * 32 + at.lane) * 16), at.odd);
+                const float4 v = four_rows(sum_of_parts(at, sums_at), at.odd);
                 h.x = fmaf(v.x * scale.x, gate.x, h.x), h.y = fmaf(v.y * scale.y, gate.y, h.y);
                 h.z = fmaf(v.z * scale.z, gate.z, h.z), h.w = fmaf(v.w * scale.w, gate.w, h.w);
                 if (!last)
@@ -212,8 +206,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 else if (own_token < TOKENS)
                     *reinterpret_cast<float4*>(h_at) = h;
             }
-            owner_parity ^= 1;
-            __syncthreads();  // the sums are read: keys and values may take their place
         }
         MARK(15);
     }

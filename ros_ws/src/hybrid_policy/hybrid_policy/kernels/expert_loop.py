@@ -1,7 +1,7 @@
 """All layers of the action expert in one launch: host side of expert_loop.cu.
 
 The same layer as in `hybrid_policy.kernels.expert`, for pi0.5's own expert (width 1024, GeGLU 4096, eight query heads
-and one of keys and values, 256 each), 8 to 64 tokens, on a Hopper GPU that can hold 16 clusters of 8 blocks at once.
+and one of keys and values, 256 each), 8 to 64 tokens, on a Hopper GPU that can hold 64 clusters of two blocks at once.
 The launch stays on the device for a whole pass: weights stream ahead of need, blocks exchange activations by polling.
 """
 
@@ -23,7 +23,7 @@ SOURCES = tuple(
     Path(__file__).with_name(f"expert_{part}.cu")
     for part in ("common", "loop_parts", "loop_layout", "loop_attention", "loop")
 )
-CLUSTERS, CLUSTER, WARPS = 16, 8, 8
+TILES, PARTS, WARPS = 16, 8, 8
 WIDTH, FEATURES, HEADS, HEAD_DIM = 1024, 4096, 8, 256
 #: stages with weights: rows, K, and k steps of 16 of one warp
 STAGES = {
@@ -52,7 +52,7 @@ class LoopPlan:
         """Bytes of dynamic shared memory; as laid out in expert_loop_layout.cu."""
         pitch = HEAD_DIM * 2 + 16
         x = -(-max(self.padded * 1024, self.keys * pitch) // 1024) * 1024
-        sums = max(2 * 32768, -(-self.keys * pitch // 128) * 128)
+        sums = max(32768 + self.padded * 256, -(-self.keys * pitch // 128) * 128)
         before = x + sums + 32 * pitch + 32 * (self.keys * 2 + 16)
         return -(-before // 128) * 128 + WARPS * self.slots * 1280
 
@@ -60,7 +60,12 @@ class LoopPlan:
     def mail_words(self) -> int:
         """32-bit words of one copy of the mail."""
         rows = 2 * WIDTH + 2 * HEADS * HEAD_DIM + 2 * HEAD_DIM + FEATURES
-        return self.padded * (rows // 2 + 2 * CLUSTERS)
+        return self.padded * (rows // 2 + 2 * TILES) + TILES * PARTS * 64
+
+    @property
+    def parcel_words(self) -> int:
+        """32-bit words of one copy of the parcels."""
+        return TILES * PARTS * 512 * (2 * self.padded // 8 + PARTS)
 
 
 def plan_loop(tokens: int, capacity: int, limit: int) -> LoopPlan | None:
@@ -68,9 +73,9 @@ def plan_loop(tokens: int, capacity: int, limit: int) -> LoopPlan | None:
 
     tokens: of the chunk. capacity: rows of the cache, the chunk's included.
     """
-    if not CLUSTER <= tokens <= 64 or capacity <= tokens:
+    if not PARTS <= tokens <= 64 or capacity <= tokens:
         return None
-    keys = -(-(capacity - tokens) // CLUSTER) + -(-tokens // CLUSTER)
+    keys = -(-(capacity - tokens) // PARTS) + -(-tokens // PARTS)
     keys = -(-keys // 16) * 16
     if keys > 128:
         return None
@@ -111,21 +116,21 @@ def pieces(fmt: str, values: Tensor, scales: Tensor | None) -> Tensor:
 
 def _shares(stage: str) -> tuple[Tensor, Tensor]:
     """Which 16 rows, and from which k step on, each block's each warp has: two int64 [128, 8]."""
-    block, warp = torch.arange(CLUSTERS * CLUSTER)[:, None], torch.arange(WARPS)[None]
-    cluster, rank = block // CLUSTER, block % CLUSTER
-    pair, group, row_tile = cluster * 4 + rank // 2, warp // 4, warp % 4
+    block, warp = torch.arange(TILES * PARTS)[:, None], torch.arange(WARPS)[None]
+    tile, part = block // PARTS, block % PARTS
+    pair, group, row_tile = block // 2, warp // 4, warp % 4
     if stage == "qkv":
-        return pair * 4 + row_tile, rank % 2 * 32 + group * 16
+        return pair * 4 + row_tile, part % 2 * 32 + group * 16
     if stage == "gate_up":
-        return pair * 8 + warp, (rank % 2 * 32).expand(-1, WARPS)
+        return pair * 8 + warp, (part % 2 * 32).expand(-1, WARPS)
     k = STAGES[stage][1] // 16
-    return (cluster * 4 + row_tile).expand(len(block), -1), rank * (k // 8) + group * (k // 16)
+    return (tile * 4 + row_tile).expand(len(block), -1), part * (k // 8) + group * (k // 16)
 
 
 class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weights", "row_scale", "vectors", "h", "keys", "values")),
-        *((name, ctypes.c_void_p) for name in ("cosines", "sines", "valid", "mail", "trace")),
+        *((name, ctypes.c_void_p) for name in ("cosines", "sines", "valid", "mail", "parcels", "trace")),
         *((name, ctypes.c_int) for name in ("layers", "capacity", "turn")),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
@@ -165,15 +170,16 @@ class ExpertLoop:
             self._offsets[name] = at
             at += sizes[name]
         self._long, self._sizes = at, sizes
-        blocks, tail = CLUSTERS * CLUSTER, at - sizes["qkv"]
+        blocks, tail = TILES * PARTS, at - sizes["qkv"]
         head = QKV_BLOCKS * WARPS * layers * self._long
         self.weights = torch.empty(head + (blocks - QKV_BLOCKS) * WARPS * layers * tail, dtype=torch.uint8, device=device)
         self._with_qkv = self.weights[:head].view(QKV_BLOCKS, WARPS, layers, self._long)
         self._without = self.weights[head:].view(blocks - QKV_BLOCKS, WARPS, layers, tail)
         rows = sum(shape[0] for shape in STAGES.values())
         self.row_scale = torch.empty(layers, rows, device=device)
-        self.vectors = torch.empty(steps, layers, rows + 3 * WIDTH, device=device)
+        self.vectors = torch.empty(steps, layers, rows + 2 * WIDTH, device=device)
         self._mail = torch.full((3, plan.mail_words), _EMPTY, dtype=torch.int32, device=device)
+        self._parcels = torch.full((3, plan.parcel_words), _EMPTY, dtype=torch.int32, device=device)
         self.clocks = torch.zeros(blocks, layers, 16, dtype=torch.int64, device=device) if trace else None
         macros = {"TOKENS": tokens, "MT": plan.padded, "KEYS": plan.keys, "SLOTS": plan.slots}
         macros |= {f"FORMAT_{name.upper()}": expert.FORMATS[fmt] for name, fmt in formats.items()}
@@ -181,9 +187,9 @@ class ExpertLoop:
             SOURCES, "expert_loop", macros | {"PDL": int(pdl), "TRACE": int(trace)},
             threads=WARPS * 32, shared=plan.shared(), pdl=pdl, specific=True,
         )  # fmt: skip
-        room = self._kernel.active_clusters((CLUSTERS * CLUSTER, 1), CLUSTER)
-        if room < CLUSTERS:
-            raise InputError(f"expert loop: this device holds {room} clusters of {CLUSTER} blocks at once, {CLUSTERS} needed")
+        room, pairs = self._kernel.active_clusters((blocks, 1), 2), blocks // 2
+        if room < pairs:
+            raise InputError(f"expert loop: this device holds {room} pairs of blocks at once, {pairs} needed")
         self.route = f"expert_loop.cu {', '.join(f'{name} {fmt}' for name, fmt in formats.items())}"
 
     def pack(self, layer: int, stage: str, weights: list[Weight], shift: Tensor | None = None) -> None:
@@ -253,15 +259,15 @@ class ExpertLoop:
             if tuple(x.shape) != shape or x.dtype != dtype or not x.is_contiguous():
                 raise InputError.at("expert loop", name, (tuple(x.shape), x.dtype), f"contiguous {dtype} {shape}")
         self._kernel(
-            (CLUSTERS * CLUSTER, 1),
+            (TILES * PARTS, 1),
             _Arguments(
                 self.weights.data_ptr(), self.row_scale.data_ptr(), self.vectors[step].data_ptr(), h.data_ptr(),
                 keys.data_ptr(), values.data_ptr(), tables[0].data_ptr(), tables[1].data_ptr(), valid.data_ptr(),
-                self._mail.data_ptr(), None if self.clocks is None else self.clocks.data_ptr(),
+                self._mail.data_ptr(), self._parcels.data_ptr(), None if self.clocks is None else self.clocks.data_ptr(),
                 self._layers, self._capacity, step * self._layers % 3, 1e-6, HEAD_DIM**-0.5 * 1.4426950408889634,
             ),
         )  # fmt: skip
 
     def nbytes(self) -> int:
         """Bytes of weights, vectors and mail."""
-        return self.weights.nbytes + self.row_scale.nbytes + self.vectors.nbytes + self._mail.nbytes
+        return self.weights.nbytes + self.row_scale.nbytes + self.vectors.nbytes + self._mail.nbytes + self._parcels.nbytes

@@ -1,14 +1,14 @@
 // ------------------------------------------------------------------------------------ the loop kernel's attention
-// 32 rows (token * HEADS + head) a cluster; each block has a part of the prefix's keys and of the chunk's own.
+// 32 rows (token * HEADS + head) a tile; each part has some of the prefix's keys and of the chunk's own.
 
 struct KeyRange {
     int first, prefix;   // rows of the cache
     int token, tokens;   // rows of the chunk
-    __device__ __forceinline__ KeyRange(int valid, int rank) {
-        const int share = (valid + CLUSTER - 1) / CLUSTER;
-        constexpr int OWN = (TOKENS + CLUSTER - 1) / CLUSTER;
-        first = rank * share, prefix = max(0, min(share, valid - first));
-        token = rank * OWN, tokens = max(0, min(OWN, TOKENS - token));
+    __device__ __forceinline__ KeyRange(int valid, int part) {
+        const int share = (valid + PARTS - 1) / PARTS;
+        constexpr int OWN = (TOKENS + PARTS - 1) / PARTS;
+        first = part * share, prefix = max(0, min(share, valid - first));
+        token = part * OWN, tokens = max(0, min(OWN, TOKENS - token));
     }
     __device__ __forceinline__ int count() const { return prefix + tokens; }
 };
@@ -34,18 +34,17 @@ __device__ __forceinline__ void take_rows(const Place& at, const KeyRange& range
 
 struct AttentionMemory {
     float top[8][QUERIES], sum[8][QUERIES];  // by warp
-    float all_top[QUERIES], all_sum[QUERIES];
 };
 
 __device__ __forceinline__ void attend(
-    const Place& at, const KeyRange& range, u8* memory, AttentionMemory& m, const u8* mail_in, u8* mail, u8* next, float scale) {
+    const Place& at, const KeyRange& range, u8* memory, AttentionMemory& m, u8* mail, u8* next, u8* parcels, float scale) {
     const u32 base = shared_address(memory), k_to = base + A_X, v_to = base + A_SUMS, q_to = base + A_Q;
-    const int first_row = at.cluster * QUERIES, lane = at.lane, warp = at.warp;
+    const int first_row = at.tile * QUERIES, lane = at.lane, warp = at.warp;
     {
         constexpr int PIECES = HEAD_DIM / 8, TURNS = QUERIES * PIECES / THREADS;
         uint4 v[TURNS];
         const int row = at.tid / PIECES, piece = at.tid % PIECES;
-        const u8* from = mail_in + M_Q + ((size_t)(first_row + row) * HEAD_DIM + piece * 8) * 2;
+        const u8* from = mail + M_Q + ((size_t)(first_row + row) * HEAD_DIM + piece * 8) * 2;
 #pragma unroll
         for (int j = 0; j < TURNS; j++) {
             const int r = row + j * (THREADS / PIECES);
@@ -55,8 +54,8 @@ __device__ __forceinline__ void attend(
 #pragma unroll
         for (int j = 0; j < TURNS; j++) store_shared4(q_to + (row + j * (THREADS / PIECES)) * PITCH + piece * 16, v[j]);
     }
-    take_rows(at, range, k_to, mail_in + M_K);
-    take_rows(at, range, v_to, mail_in + M_V);
+    take_rows(at, range, k_to, mail + M_K);
+    take_rows(at, range, v_to, mail + M_V);
     copies_done();
     __syncthreads();
 
@@ -150,51 +149,60 @@ __device__ __forceinline__ void attend(
             mma(acc[1][n + 1], a1, b[2], b[3]);
         }
     }
-    float* const o_memory = reinterpret_cast<float*>(memory + A_X);  // the keys' place: all scores are done
+    // This part's result, normalised, goes to the parts that own its dims: warp w's to part w. A row's maximum and sum
+    // go to all of them.
+    u8* const outgoing = parcels + P_SEEN + (size_t)((at.tile * PARTS + warp) * PARTS + at.part) * 2048 + lane * 8;
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int row = i * 16 + half * 8 + g;
+            float total = 0.0f;
+#pragma unroll
+            for (int w = 0; w < 8; w++) total += m.sum[w][row];
+            const float inverse = total > 0.0f ? 1.0f / total : total;  // 0 where there were no keys, NaN where one was
+#pragma unroll
+            for (int n = 0; n < DIMS / 8; n += 2)
+                post2(outgoing + ((i * 2 + half) * 2 + n / 2) * 256,
+                      pack_bf16(acc[i][n][half * 2] * inverse, acc[i][n][half * 2 + 1] * inverse),
+                      pack_bf16(acc[i][n + 1][half * 2] * inverse, acc[i][n + 1][half * 2 + 1] * inverse));
             if (warp == 0 && t == 0) {
-                float total = 0.0f;
-#pragma unroll
-                for (int w = 0; w < 8; w++) total += m.sum[w][row];
-                m.all_top[row] = top[i][half], m.all_sum[row] = total;
+                const int box = M_TOPS + ((at.tile * PARTS + at.part) * QUERIES + row) * 8;
+                post2(mail + box, __float_as_uint(top[i][half]), __float_as_uint(total));
+                post2(next + box, EMPTY, EMPTY);
             }
-#pragma unroll
-            for (int n = 0; n < DIMS / 8; n++)
-                *reinterpret_cast<float2*>(o_memory + row * O_PITCH + warp * DIMS + n * 8 + t * 2) =
-                    make_float2(acc[i][n][half * 2], acc[i][n][half * 2 + 1]);
         }
-    publish_shared();
-    wait_for_cluster();
-    const u32 o_at = base + A_X, top_at = shared_address(m.all_top), sum_at = shared_address(m.all_sum);
-    const int r = at.tid / (DIMS / 4), dim = at.rank * DIMS + at.tid % (DIMS / 4) * 4, row = first_row + r;
-    static_assert(QUERIES * (DIMS / 4) == THREADS, "one item a thread");
-    if (row < TOKENS * HEADS) {
-        float tops[CLUSTER], sums[CLUSTER], best = MINUS_INFINITY;
-        float4 parts[CLUSTER];
+    // the owner: this warp's rows are those of quarter warp / 2, its dims two tiles of eight
+    static_assert(DIMS == 32, "a warp's quarter");
+    const int quarter = warp / 2, r = quarter / 2 * 16 + quarter % 2 * 8 + g, row = first_row + r;
+    u8* const incoming = parcels + P_SEEN + (size_t)((at.tile * PARTS + at.part) * PARTS) * 2048 + warp * 256 + lane * 8;
+    const u8* const tops_at = mail + M_TOPS + (at.tile * PARTS * QUERIES + r) * 8;
+    uint2 stats[PARTS], parts[PARTS];
 #pragma unroll
-        for (int c = 0; c < CLUSTER; c++) {
-            tops[c] = load_remote(of_rank(top_at + r * 4, c));
-            sums[c] = load_remote(of_rank(sum_at + r * 4, c));
-            parts[c] = load_remote4(of_rank(o_at + (r * O_PITCH + dim) * 4, c));
-        }
+    for (int c = 0; c < PARTS; c++) stats[c] = peek2(tops_at + c * (QUERIES * 8)), parts[c] = peek2(incoming + c * 2048);
+    float best = MINUS_INFINITY;
 #pragma unroll
-        for (int c = 0; c < CLUSTER; c++) best = fmaxf(best, tops[c]);
-        float weight = 0.0f, o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-        for (int c = 0; c < CLUSTER; c++) {
-            const float w = exp2_of(tops[c] - best);
-            weight = fmaf(w, sums[c], weight);
-            o[0] = fmaf(w, parts[c].x, o[0]), o[1] = fmaf(w, parts[c].y, o[1]);
-            o[2] = fmaf(w, parts[c].z, o[2]), o[3] = fmaf(w, parts[c].w, o[3]);
-        }
-        const float inverse = 1.0f / weight;
-        const int place = M_SEEN + (row * HEAD_DIM + dim) * 2;
-        post2(mail + place, pack_bf16(o[0] * inverse, o[1] * inverse), pack_bf16(o[2] * inverse, o[3] * inverse));
-        post2(next + place, EMPTY, EMPTY);
+    for (int c = 0; c < PARTS; c++) {
+        stats[c] = await2(tops_at + c * (QUERIES * 8), stats[c]);
+        best = fmaxf(best, __uint_as_float(stats[c].x));
     }
-    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");  // no more reading of the peers' sums
+    float weight = 0.0f, o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int c = 0; c < PARTS; c++) {
+        const float w = exp2_of(__uint_as_float(stats[c].x) - best) * __uint_as_float(stats[c].y);
+        const uint2 v = await2(incoming + c * 2048, parts[c]);
+        weight += w;
+        o[0] = fmaf(w, low_of(v.x), o[0]), o[1] = fmaf(w, high_of(v.x), o[1]);
+        o[2] = fmaf(w, low_of(v.y), o[2]), o[3] = fmaf(w, high_of(v.y), o[3]);
+    }
+#pragma unroll
+    for (int c = 0; c < PARTS; c++) post2(incoming + c * 2048, EMPTY, EMPTY);
+    if (row < TOKENS * HEADS) {
+        const float inverse = 1.0f / weight;
+        const int place = M_SEEN + (row * HEAD_DIM + at.part * DIMS + warp % 2 * 16 + t * 2) * 2;
+        post(mail + place, pack_bf16(o[0] * inverse, o[1] * inverse));
+        post(mail + place + 16, pack_bf16(o[2] * inverse, o[3] * inverse));
+        post(next + place, EMPTY);
+        post(next + place + 16, EMPTY);
+    }
 }

@@ -1,22 +1,25 @@
 // ------------------------------------------------------------------------------- all layers of the expert, one launch
-// 16 clusters of 8 blocks stay on the device for a whole pass over the layers. Weights stream into each warp's ring,
-// ahead of need; blocks hand each other activations as mail (expert_loop_parts.cu), so that a stage begins as soon as
-// its last word is there. The residual stream never leaves the registers of the blocks that own it.
+// 128 blocks, 16 tiles of 8 parts, stay on the device for a whole pass over the layers. Weights stream into each warp's
+// ring, ahead of need; blocks hand each other activations as mail (expert_loop_parts.cu), so that a stage begins as soon
+// as its last word is there. The residual stream never leaves the registers of the blocks that own it.
 //
 // Rows of W and parts of K:    rows               K
 //   QKV (norm, RoPE)           64 a pair          halves by block of the pair, halves again by warpgroup
-//   output (+ residual)        64 a cluster       eighths by block, halves again by warpgroup
+//   output (+ residual)        64 a tile          eighths by part, halves again by warpgroup
 //   gate/up (norm, GeGLU)      128 a pair         halves by block; a warpgroup has 64 of the rows
-//   down (+ residual)          64 a cluster       eighths by block, halves again by warpgroup
-// Attention: 32 rows (token, head) a cluster, keys by block. Partial sums meet in the block that owns their tokens.
+//   down (+ residual)          64 a tile          eighths by part, halves again by warpgroup
+// Attention: 32 rows (token, head) a tile, keys by part. Partial sums meet in the block that owns their tokens: within
+// a pair (a cluster of two) through distributed shared memory, else as parcels. Clusters of eight would spare those, but
+// an H100 holds 15 of them, not 16: its processors are not spread evenly.
 //
 // Macros: TOKENS; MT (56 or 64); KEYS (of a block, at most; a multiple of 16); FORMAT_QKV,
 // FORMAT_O, FORMAT_GATE_UP, FORMAT_DOWN; SLOTS of the rings; PDL; TRACE.
 
-constexpr int CLUSTERS = 16, CLUSTER = 8;
+constexpr int TILES = 16, PARTS = 8;
 constexpr int WIDTH = 1024, FEATURES = 4096, HEADS = 8, HEAD_DIM = 256, HALF = HEAD_DIM / 2;
 constexpr int QKV_ROWS = (HEADS + 2) * HEAD_DIM, QKV_PAIRS = QKV_ROWS / 64;
-constexpr int LOW_TILES = (NT + 1) / 2;  // token tiles of a pair's first block
+constexpr int LOW_TILES = (NT + 1) / 2;  // token tiles of a pair's first block, and of a block's first warpgroup
+constexpr int QUERIES = 32;              // rows of attention of a tile
 
 // floats of a layer in row_scale, and in vectors
 constexpr int R_QKV = 0, R_O = R_QKV + QKV_ROWS, R_GATE_UP = R_O + WIDTH, R_DOWN = R_GATE_UP + 2 * FEATURES;
@@ -27,18 +30,22 @@ constexpr int V_GATE_UP = V_FACTOR2 + WIDTH, V_GATE2 = V_GATE_UP + 2 * FEATURES,
 // bytes of one copy of the mail
 constexpr int M_IN1 = 0, M_Q = M_IN1 + MT * WIDTH * 2, M_K = M_Q + MT * HEADS * HEAD_DIM * 2, M_V = M_K + MT * HEAD_DIM * 2;
 constexpr int M_SEEN = M_V + MT * HEAD_DIM * 2, M_IN2 = M_SEEN + MT * HEADS * HEAD_DIM * 2, M_ACT = M_IN2 + MT * WIDTH * 2;
-constexpr int M_SQUARES1 = M_ACT + MT * FEATURES * 2, M_SQUARES2 = M_SQUARES1 + CLUSTERS * MT * 4;
-constexpr int MAIL = M_SQUARES2 + CLUSTERS * MT * 4;
+constexpr int M_SQUARES1 = M_ACT + MT * FEATURES * 2, M_SQUARES2 = M_SQUARES1 + TILES * MT * 4;
+constexpr int M_TOPS = M_SQUARES2 + TILES * MT * 4, MAIL = M_TOPS + TILES * PARTS * QUERIES * 8;
+// bytes of one copy of the parcels: partial sums of output and down [tile, owner, part, 4 x 16 rows, lane] float4, of
+// attention [tile, owner, part, row of 8, half, lane] 2 x bf16x2
+constexpr int P_OUT = 0, P_DOWN = P_OUT + TILES * NT * PARTS * 2048, P_SEEN = P_DOWN + TILES * NT * PARTS * 2048;
+constexpr int PARCELS = P_SEEN + TILES * PARTS * PARTS * 2048;
 
-// shared memory: activations (or keys), partial sums twice (or values), queries, probabilities, rings
-constexpr int PITCH = HEAD_DIM * 2 + 16, P_PITCH = KEYS * 2 + 16, O_PITCH = HEAD_DIM + 4, QUERIES = 32;
-constexpr int SUMS = 32768;  // bytes of partial sums that a block may receive
-constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int round_up(int a, int to) { return (a + to - 1) / to * to; }
+// shared memory: activations (or keys), partial sums (or values), queries, probabilities, rings
+constexpr int PITCH = HEAD_DIM * 2 + 16, P_PITCH = KEYS * 2 + 16, SCRATCH = NT * 4 * 512;
+constexpr int SUMS = 32768;  // bytes of partial sums that a block of a pair may receive; SCRATCH: of a warpgroup's
+__host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+__host__ __device__ constexpr int round_up(int a, int to) { return (a + to - 1) / to * to; }
 constexpr int A_X = 0, A_SUMS = round_up(larger(MT * 1024, KEYS * PITCH), 1024);
-constexpr int A_Q = A_SUMS + larger(2 * SUMS, round_up(KEYS * PITCH, 128)), A_P = A_Q + QUERIES * PITCH;
+constexpr int A_Q = A_SUMS + larger(SUMS + SCRATCH, round_up(KEYS * PITCH, 128)), A_P = A_Q + QUERIES * PITCH;
 constexpr int A_RINGS = round_up(A_P + QUERIES * P_PITCH, 128), SHARED = A_RINGS + 8 * SLOTS * 1280;
-static_assert(QUERIES * O_PITCH * 4 <= A_SUMS && KEYS % 16 == 0 && KEYS <= 128 && SHARED <= 232448 - 5120, "shared memory");
+static_assert(KEYS % 16 == 0 && KEYS <= 128 && SHARED <= 232448 - 5120, "shared memory");
 
 constexpr int N_QKV = 16 / Piece<FORMAT_QKV>::STEPS, N_O = 8 / Piece<FORMAT_O>::STEPS;
 constexpr int N_GATE_UP = 32 / Piece<FORMAT_GATE_UP>::STEPS, N_DOWN = 16 / Piece<FORMAT_DOWN>::STEPS;
@@ -62,13 +69,14 @@ struct Arguments {
     const float* sines;
     const int* valid;        // keys of the prefix
     u8* mail;                // [3, MAIL]
+    u8* parcels;             // [3, PARCELS]
     long long* trace;        // [blocks, layers, 16] clocks, where TRACE
     int layers, capacity, turn;  // turn: which copy of the mail the first layer takes
     float eps, scale;            // scale: log2(e) / sqrt(HEAD_DIM)
 };
 
 struct Place {  // who this thread is
-    int tid, lane, warp, group, cluster, rank, pair;
+    int tid, lane, warp, group, tile, part, pair;
     int g, t;
     bool odd;
 };
@@ -81,12 +89,12 @@ __device__ __forceinline__ float4 float4_at(const float* from) { return *reinter
 #define MARK(i)
 #endif
 
-// The next norm's input h * factor and this cluster's part of the sums of squares, from the block that owns the tokens:
+// The next norm's input h * factor and this tile's part of the sums of squares, from the block that owns the tokens:
 // each thread of a warpgroup has four columns of one token.
 __device__ __forceinline__ void post_stream(
     const Place& at, const float4& h, const float4& factor, u8* mail, u8* next, int input, int squares, float (*sums)[8]) {
-    const int own = 2 * at.t + at.odd, token = at.rank * 8 + own;
-    const int column = at.cluster * 64 + at.warp * 16 + at.g / 2 * 4;
+    const int own = 2 * at.t + at.odd, token = at.part * 8 + own;
+    const int column = at.tile * 64 + at.warp * 16 + at.g / 2 * 4;
     const int place = input + (token * WIDTH + column) * 2;
     if (token < TOKENS) {
         post2(mail + place, pack_bf16(h.x * factor.x, h.y * factor.y), pack_bf16(h.z * factor.z, h.w * factor.w));
@@ -97,8 +105,8 @@ __device__ __forceinline__ void post_stream(
     sum += __shfl_xor_sync(0xffffffffu, sum, 16);
     if (at.g < 2) sums[at.warp][own] = sum;
     group_barrier(0);
-    if (at.tid < 8 && at.rank * 8 + at.tid < TOKENS) {
-        const int box = squares + (at.cluster * MT + at.rank * 8 + at.tid) * 4;
+    if (at.tid < 8 && at.part * 8 + at.tid < TOKENS) {
+        const int box = squares + (at.tile * MT + at.part * 8 + at.tid) * 4;
         post(mail + box, __float_as_uint(sums[0][at.tid] + sums[1][at.tid] + sums[2][at.tid] + sums[3][at.tid]));
         post(next + box, EMPTY);
     }
@@ -130,8 +138,8 @@ __device__ __forceinline__ float root_of(const float (*sums)[MT], int token, flo
 // Token tile n of a pair's product goes to the pair's block that owns it: where, in its partial sums
 template <int SOURCES_ROWS>
 __device__ __forceinline__ void push_to_pair(const Place& at, const float* d, u32 sums, u32 barrier, int source, int row_tile) {
-    const u32 even = of_rank(sums, at.rank & ~1), uneven = of_rank(sums, at.rank | 1);
-    const u32 even_barrier = of_rank(barrier, at.rank & ~1), uneven_barrier = of_rank(barrier, at.rank | 1);
+    const u32 even = of_rank(sums, 0), uneven = of_rank(sums, 1);
+    const u32 even_barrier = of_rank(barrier, 0), uneven_barrier = of_rank(barrier, 1);
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         const bool low = n < LOW_TILES;
@@ -140,10 +148,51 @@ __device__ __forceinline__ void push_to_pair(const Place& at, const float* d, u3
     }
 }
 
-// Token tile n goes to block n of the cluster
-__device__ __forceinline__ void push_to_owners(const Place& at, const float* d, u32 sums, u32 barrier) {
-    const int source = at.rank * 2 + at.group;
+// The two warpgroups' sums of token tiles FROM .. TO of one of them, to their owners. ``scratch`` holds the other's.
+template <int FROM, int TO>
+__device__ __forceinline__ void post_tiles(const Place& at, const float* d, u32 scratch, u8* box) {
 #pragma unroll
-    for (int n = 0; n < NT; n++)
-        push4(of_rank(sums, n) + ((source * 4 + at.warp % 4) * 32 + at.lane) * 16, of_rank(barrier, n), d + 4 * n);
+    for (int n = FROM; n < TO; n++) {
+        const float4 v = load_shared_float4(scratch + ((n * 4 + at.warp % 4) * 32 + at.lane) * 16);
+        const float* mine = d + 4 * n;
+        post4(box + ((size_t)(n * PARTS * 4 + at.warp % 4) * 32 + at.lane) * 16,
+              make_uint4(__float_as_uint(mine[0] + v.x), __float_as_uint(mine[1] + v.y), __float_as_uint(mine[2] + v.z), __float_as_uint(mine[3] + v.w)));
+    }
+}
+
+template <int FROM, int TO>
+__device__ __forceinline__ void leave_tiles(const Place& at, const float* d, u32 scratch) {
+#pragma unroll
+    for (int n = FROM; n < TO; n++) {
+        const float* mine = d + 4 * n;
+        store_shared4(scratch + ((n * 4 + at.warp % 4) * 32 + at.lane) * 16,
+                      make_uint4(__float_as_uint(mine[0]), __float_as_uint(mine[1]), __float_as_uint(mine[2]), __float_as_uint(mine[3])));
+    }
+}
+
+// Token tile n's partial sums go to part n of the tile; every thread of the block passes here (__syncthreads)
+__device__ __forceinline__ void post_to_owners(const Place& at, const float* d, u32 scratch, u8* parcels) {
+    u8* const box = parcels + (size_t)(at.tile * NT * PARTS + at.part) * 2048;
+    if (at.group == 0) leave_tiles<LOW_TILES, NT>(at, d, scratch); else leave_tiles<0, LOW_TILES>(at, d, scratch);
+    __syncthreads();
+    if (at.group == 0) post_tiles<0, LOW_TILES>(at, d, scratch, box); else post_tiles<LOW_TILES, NT>(at, d, scratch, box);
+}
+
+// What post_to_owners sent to this block, added in the order of the parts, and the boxes left empty; by a warpgroup
+__device__ __forceinline__ float4 sum_of_parts(const Place& at, u8* parcels) {
+    u8* const box = parcels + ((size_t)(at.tile * NT + at.part) * PARTS * 4 + at.warp % 4) * 512 + at.lane * 16;
+    uint4 v[PARTS];
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) v[i] = peek4(box + i * 2048);
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) {
+        if (!complete(v[i])) v[i] = await4(box + i * 2048);
+        sum.x += __uint_as_float(v[i].x), sum.y += __uint_as_float(v[i].y);
+        sum.z += __uint_as_float(v[i].z), sum.w += __uint_as_float(v[i].w);
+    }
+    const uint4 empty = make_uint4(EMPTY, EMPTY, EMPTY, EMPTY);
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) post4(box + i * 2048, empty);
+    return sum;
 }

@@ -90,7 +90,8 @@ __device__ __forceinline__ void store_shared4(u32 address, const uint4& v) {
 }
 
 // ---- mail: a word that is not EMPTY has arrived, so no flag, no fence and no second trip is needed. Three copies
-// take turns from layer to layer; whoever writes one empties the next, which everybody has read two layers ago.
+// take turns from layer to layer. What many read, its writer empties in the next copy, which everybody has read two
+// layers ago; what one block reads (parcels), that block empties as soon as it has it.
 
 __device__ __forceinline__ uint4 peek4(const void* from) {
     uint4 v;
@@ -131,6 +132,24 @@ __device__ __forceinline__ void post(void* to, u32 value) {
 
 __device__ __forceinline__ void post2(void* to, u32 a, u32 b) {
     asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
+}
+
+__device__ __forceinline__ void post4(void* to, const uint4& v) {
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+__device__ __forceinline__ uint2 peek2(const void* from) {
+    uint2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint2 await2(const void* from, uint2 v) {
+    for (u32 tries = 0; v.x == EMPTY || v.y == EMPTY; tries++) {
+        v = peek2(from);
+        if (tries > PATIENCE) __trap();
+    }
+    return v;
 }
 
 // ---- activations: COLUMNS of each token from mail to shared memory as wgmma's B operand (K-major, 128-byte swizzle):

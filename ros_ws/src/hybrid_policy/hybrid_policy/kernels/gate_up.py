@@ -235,10 +235,18 @@ def prepare_gate_up(
     if implementation == "reference":
         return ReferenceGateUp(gate, up, precision)
     from hybrid_policy.kernels.capability import require
+    from hybrid_policy.kernels.stream import capability_of
     from hybrid_policy.kernels.stream_layers import StreamGateUp
+    from hybrid_policy.kernels.tiles import gate_up_route
     from hybrid_policy.kernels.w4a4 import W4A4GateUp
+    from hybrid_policy.kernels.wgmma import WgmmaGateUp
 
     require(precision, device_of(gate))
     if precision == "nvfp4_w4a4":
         return W4A4GateUp(gate, up)
+    device = device_of(gate)
+    if device.type == "cuda" and gate_up_route(precision, capability_of(device)) == "wgmma":
+        assert isinstance(gate, nvfp4.NVFP4Tensor)  # quantized() above
+        assert isinstance(up, nvfp4.NVFP4Tensor)
+        return WgmmaGateUp(gate, up)
     return StreamGateUp(gate, up, precision)

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import torch
 
-from hybrid_policy.kernels import activations, fp8, library, nvfp4, packing, tiles
+from hybrid_policy.kernels import activations, fp8, library, nvfp4, packing, tiles, wgmma_linear, wgmma_tiles
 from hybrid_policy.kernels.gate_up import NormPrologue, PackedGateUp
 from hybrid_policy.kernels.linear import PackedLinear, Precision, Weight
 from hybrid_policy.kernels.norm_output import NormOutput
 from hybrid_policy.kernels.stream import StreamWeight, capability_of, check_kernel_device, next_power_of_two
 
 
-def _route_line(weight: StreamWeight, precision: Precision) -> str:
+def _route_line(weight: StreamWeight, precision: Precision, capability: int) -> str:
     large = {"bf16": "cuBLAS bf16", "fp8": "cuBLAS FP8, quantised by token", "nvfp4": "the same kernel"}[weight.fmt]
-    return f"stream_gemm {precision} (Triton) up to 64 tokens; above: {large}"
+    hopper = weight.fmt == "fp8" and tiles.route("fp8", 1, weight.n, weight.k, capability) == "wgmma"
+    small = (
+        "wgmma_linear (CUDA C++, sm_90a; stream_gemm where it writes for a norm)" if hopper else "stream_gemm (Triton)"
+    )
+    return f"{precision}: {small} up to 64 tokens; above: {large}"
 
 
 class StreamLinear(PackedLinear):
@@ -31,7 +35,7 @@ class StreamLinear(PackedLinear):
         check_kernel_device(device)
         self.capability = capability_of(device)
         self.scratch = library.Scratch(device)
-        self.route = _route_line(self.packed, precision)
+        self.route = _route_line(self.packed, precision, self.capability)
 
     def compute(
         self,
@@ -45,7 +49,17 @@ class StreamLinear(PackedLinear):
     ) -> None:
         """One kernel, or quantiser + cuBLAS + epilogue."""
         m, n, k, fmt = x.shape[0], self.out_features, self.in_features, self.packed.fmt
-        if tiles.route(fmt, m, n, k, self.capability) == "stream":
+        route = tiles.route(fmt, m, n, k, self.capability, norm_out=norm_out is not None)
+        if route == "wgmma":
+            small = wgmma_tiles.linear_tile(m, n, k)
+            assert small is not None  # the route says so
+            assert self.packed.row_scale is not None
+            wgmma_linear.launch(
+                self.packed.weight, self.packed.row_scale, x, out, small,
+                bias=self.bias, residual=residual, gate=gate, x_scale=x_scale, pdl=pdl,
+            )  # fmt: skip
+            return
+        if route == "stream":
             given = x_scale is not None
             tile = tiles.linear_tile(fmt, m, n, k, self.capability, x_fp8=given)
             self.packed.launch(
@@ -73,7 +87,7 @@ class StreamLinear(PackedLinear):
     def norm_tiles(self, m: int) -> int:
         """Row tiles of the kernel that ``m`` tokens take."""
         n, k, fmt = self.out_features, self.in_features, self.packed.fmt
-        if tiles.route(fmt, m, n, k, self.capability) == "library":
+        if tiles.route(fmt, m, n, k, self.capability, norm_out=True) == "library":
             return next_power_of_two(-(-n // activations.FINISH_COLUMNS))
         return next_power_of_two(-(-n // tiles.linear_tile(fmt, m, n, k, self.capability).bn))
 
@@ -114,7 +128,7 @@ class StreamGateUp(PackedGateUp):
         check_kernel_device(device)
         self.capability = capability_of(device)
         self.scratch = library.Scratch(device)
-        self.route = _route_line(self.packed, precision)
+        self.route = _route_line(self.packed, precision, self.capability)
 
     def compute(
         self,
@@ -131,7 +145,7 @@ class StreamGateUp(PackedGateUp):
             # A kernel of its own: folded into the product's loads it cost 7 us instead of some 2 (docs/performance).
             normed = self.scratch.get("normed", (m, k), torch.bfloat16)
             x = activations.rms_norm(x, normed, factor=norm.factor, eps=norm.eps, pdl=pdl)
-        if tiles.route(fmt, m, n, k, self.capability) == "stream":
+        if tiles.route(fmt, m, n, k, self.capability) != "library":
             tile = tiles.gate_up_tile(fmt, m, n, k, self.capability)
             self.packed.launch(
                 x, out, tile, geglu=True, out_scale=out_scale, gate_shift=shifts[0], up_shift=shifts[1],

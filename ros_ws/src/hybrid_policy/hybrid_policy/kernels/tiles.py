@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from hybrid_policy.kernels import wgmma_tiles
+
 Format = Literal["bf16", "fp8", "nvfp4"]
 
 #: Shared memory that one program may use, in bytes (CUDA programming guide, technical specifications).
@@ -84,15 +86,26 @@ def fit(tile: Tile, fmt: Format, capability: int) -> Tile:
     return tile
 
 
-Route = Literal["stream", "library"]
+Route = Literal["wgmma", "stream", "library"]
 
 
-def route(fmt: Format, m: int, n: int, k: int, capability: int) -> Route:
-    """Our streaming kernel, or the vendor's library product with our quantiser and epilogue around it.
+def gate_up_route(precision: str, capability: int) -> Literal["wgmma", "stream"]:
+    """Hopper's own kernel for NVFP4 gate and up; elsewhere, and in the other formats, the streaming kernel's layer.
 
-    Weights are read once either way. The library wins where the product is bound by arithmetic (many tokens); it has
-    no NVFP4 x bf16 product, and its FP8 needs compute capability 8.9 and K, N multiples of 16.
+    wgmma, setmaxnreg and the tensor copy engine's multicast are of compute capability 9.0 alone.
     """
+    return "wgmma" if precision == "nvfp4_w4a16" and capability == 90 else "stream"
+
+
+def route(fmt: Format, m: int, n: int, k: int, capability: int, *, norm_out: bool = False) -> Route:
+    """A linear layer's kernel: Hopper's own for FP8, our streaming kernel, or the vendor's library.
+
+    Weights are read once either way. The library (with our quantiser and epilogue around it) wins where the product is
+    bound by arithmetic (many tokens); it has no NVFP4 x bf16 product, and its FP8 needs compute capability 8.9 and K, N
+    multiples of 16. Hopper's kernel takes K in whole parts (wgmma_tiles.linear_tile) and leaves nothing for a norm.
+    """
+    if fmt == "fp8" and capability == 90 and not norm_out and wgmma_tiles.linear_tile(m, n, k) is not None:
+        return "wgmma"
     if fmt == "nvfp4" or m <= 64:
         return "stream"
     if fmt == "fp8" and (k % 16 or n % 16):
