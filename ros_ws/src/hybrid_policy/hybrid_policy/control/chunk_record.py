@@ -42,7 +42,7 @@ def chunk_record(
         age_at_due_ms=(max(result.first_due, sent) - chunk.stamp) * 1e-6,
         first_due=result.first_due,
         cut=result.first,
-        consumed=previous.consumed if previous is not None else 0,
+        consumed=previous.consumed if previous is not None else 0.0,
         delay=previous.delay if previous is not None else 0,
         deadline_ms=period * 1e-6,
         deadline_met=done <= deadline,

@@ -29,6 +29,8 @@ from hybrid_policy.control.rtc import DelayEstimator, continuation, delay_steps
 from hybrid_policy.models.observation import ActionChunk, Continuation, Observation, Policy
 
 CHUNKING = ("rtc", "ensemble", "off")
+#: rad (m): a point that the guard moved by less than this is the one that was planned.
+_SAME = 1e-6
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,10 @@ class ControlCycle:
         if reason:
             return refused(reason)
         positions, report = self.guard.limit(plan)
-        velocities = monotone_velocities(plan.times, positions, plan.start_position)
+        # where the guard has moved a point, the velocity that was planned for it means nothing any more
+        wanted = np.where(np.abs(positions - plan.positions) < _SAME, plan.velocities, np.nan)
+        velocities = monotone_velocities(plan.times, positions, plan.start_position, wanted)
+        velocities = np.clip(velocities, -self.robot.limits.velocity, self.robot.limits.velocity)
         trajectory = Trajectory(plan.begin, plan.times, positions, velocities, plan.start_position, plan.start_velocity)
         seam = self.timeline.seam(plan, trajectory)
         self.timeline.commit(trajectory)

@@ -41,7 +41,7 @@ class ChunkRecord:
     age_at_due_ms: float
     first_due: int
     cut: int
-    consumed: int
+    consumed: float
     delay: int
     deadline_ms: float
     deadline_met: bool

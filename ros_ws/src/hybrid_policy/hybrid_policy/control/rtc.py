@@ -6,6 +6,7 @@ guidance itself runs inside the engine, with delay, consumed count and previous 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 from hybrid_policy.models.observation import ActionChunk, Continuation
@@ -37,21 +38,26 @@ class DelayEstimator:
 
 
 def delay_steps(delay: int, period: int) -> int:
-    """How many actions are due within ``delay`` nanoseconds, the one due at its very end included.
+    """How many actions the next chunk has to keep as they are, for a swap ``delay`` nanoseconds from its start.
 
-    Those are given to the next chunk as they are, so that at the swap both chunks say the same.
+    Those that are due before the swap are the paper's d. The first one due at the swap or after it, and the
+    one that follows, are kept as well: the curve through the actions has at the swap a position that depends
+    on the one and a velocity that depends on both, and only where both chunks agree on them is there no seam.
     """
-    return max(0, delay) // period + 1
+    return -(-max(0, delay) // period) + 2
 
 
 def continuation(previous: ActionChunk, stamp: int, period: int, delay: int) -> Continuation | None:
     """What the engine needs to continue ``previous`` from an observation of time ``stamp``.
 
-    s, the consumed steps, are those between the two observations; d is clamped so that
-    ``d <= s <= horizon - d`` holds. None: the previous chunk has nothing left, or is not older.
+    s, the consumed steps, are those between the two observations, by their stamps: not a whole number,
+    unless the stamps happen to lie on the grid of the actions. ``delay`` (see :func:`delay_steps`) is cut at
+    half of what is left, so that one long delay does not tie the policy to its old plan until it is
+    forgotten. None: the previous chunk has nothing left, or is not older.
     """
     horizon = len(previous.normalised)
-    consumed = round((stamp - previous.stamp) / period)
-    if consumed < 1 or consumed >= horizon:
+    consumed = (stamp - previous.stamp) / period
+    if not 0.0 < consumed <= horizon - 1:
         return None
-    return Continuation(previous.normalised, consumed, max(0, min(delay, consumed, horizon - consumed)))
+    left = horizon - math.ceil(consumed)
+    return Continuation(previous.normalised, consumed, max(0, min(delay, (left + 1) // 2)))

@@ -147,7 +147,7 @@ class FollowLog(PolicyPass):
         previous = None
         if record["consumed"] > 0 and self._last_chunk is not None:
             normalised = self._last_chunk.normalised
-            previous = Continuation(normalised, int(record["consumed"]), int(record["delay"]))
+            previous = Continuation(normalised, float(record["consumed"]), int(record["delay"]))
         ages = {name: (started - stamp) * 1e-9 for name, stamp in snapshot.stamps.items()}
         running = Running(observation, noise, previous, started, finished, snapshot.skew, ages)
         message = self._published(record) if record["accepted"] else None

@@ -41,12 +41,13 @@ class Continuation:
     """The previous chunk, for real-time chunking.
 
     normalised: float32 [horizon, max_action_dim], the previous chunk in the model's space.
-    consumed: steps of it that were executed when this inference starts (``s``).
-    delay: steps that this inference is expected to take (``d``), ``d <= s``.
+    consumed: steps of it between its observation and the new one (``s``), not always a whole number.
+    delay: leading actions of the new chunk that must be the previous one's (``d``), since they will have
+        been executed, or will be in execution, when it takes over.
     """
 
     normalised: NDArray[np.float32]
-    consumed: int
+    consumed: float
     delay: int
 
 

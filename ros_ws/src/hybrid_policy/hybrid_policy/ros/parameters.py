@@ -76,7 +76,7 @@ PARAMETERS = (
         choices=("guided", "prior_corrected", "prefix"),
     ),
     Parameter("rtc.schedule", "exp", "How its weights fall over the overlap.", choices=("exp", "linear")),
-    Parameter("rtc.beta", 5.0, "Its largest guidance weight.", low=0.0, high=1000.0),
+    Parameter("rtc.beta", 0.0, "Its largest guidance weight; 0: the number of flow steps.", low=0.0, high=1000.0),
     Parameter("rtc.prior_std", 0.2, "Spread of normalised actions, for prior_corrected.", 0.001, 10.0),
     Parameter("delay_window", 10, "Recent delays whose maximum is expected next.", low=1, high=1000),
     Parameter("ensemble_weight", 0.01, "m of temporal ensembling, exp(-m k), k = 0 the oldest.", 0.0, 10.0),

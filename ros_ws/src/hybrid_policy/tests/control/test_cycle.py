@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hybrid_policy.control.chunk_timeline import ChunkTimeline, Trajectory, monotone_velocities
+from hybrid_policy.control.chunk_timeline import ChunkTimeline, Trajectory, chunk_curve, monotone_velocities
 from hybrid_policy.control.cycle import ControlCycle, CycleSettings
 from hybrid_policy.control.ensembling import TemporalEnsemble
 from hybrid_policy.control.guard import Guard
 from hybrid_policy.control.hold import hold_position
 from hybrid_policy.control.robot_file import RobotFile
-from hybrid_policy.control.rtc import DelayEstimator, continuation
+from hybrid_policy.control.rtc import DelayEstimator, continuation, delay_steps
 from hybrid_policy.errors import InputError
 from hybrid_policy.models.observation import ActionChunk, Observation
 from hybrid_policy.sim import trajectory_controller as jtc
@@ -61,7 +61,7 @@ def test_an_early_chunk_keeps_every_action() -> None:
 def test_the_blend_starts_on_the_command_in_force() -> None:
     timeline = ChunkTimeline(PERIOD, 0.2)
     timeline.hold(START, np.array([1.0]))
-    plan = timeline.plan(START, np.zeros((20, 1)), START, np.array([5.0]))
+    plan = timeline.plan(START, np.zeros((20, 1)), START, np.array([5.0]))  # both stand still
     assert plan is not None
     assert plan.start_position[0] == 1.0  # the command, not the measured position
     weights = 1.0 - plan.positions[:5, 0]
@@ -77,12 +77,14 @@ def test_without_a_command_the_robot_is_the_start() -> None:
     assert plan.jump[0] == 0.75
 
 
-@given(st.lists(st.floats(-3, 3), min_size=2, max_size=30), st.floats(-3, 3))
+@given(st.lists(st.floats(-3, 3), min_size=2, max_size=30), st.floats(-3, 3), st.floats(-200, 200))
 @settings(max_examples=200, deadline=None)
-def test_cubics_stay_between_their_points(values: list[float], start: float) -> None:
+def test_cubics_stay_between_their_points(values: list[float], start: float, wanted: float) -> None:
     positions = np.array(values)[:, None]
     times = 0.02 + 0.05 * np.arange(len(values))
-    velocities = monotone_velocities(times, positions, np.array([start]))
+    wishes = np.full_like(positions, wanted)
+    wishes[::3] = np.nan
+    velocities = monotone_velocities(times, positions, np.array([start]), wishes)
     assert (velocities[-1] == 0).all()
     curve = Trajectory(0, times, positions, velocities, np.array([start]), np.zeros(1))
     knots = np.concatenate(([0.0], times))
@@ -202,9 +204,9 @@ def test_rtc_gets_the_stamps_delay(tmp_path: Path) -> None:
         cycle.run(observation(two, stamp, [0.0, 0.05]), clock(stamp, stamp + delay * MS))
     first, second, third, fourth = policy.previous
     assert first is None
-    assert (second.consumed, second.delay) == (5, 5)  # the cold start, as far as it can be
-    assert (third.consumed, third.delay) == (5, 3)  # it is forgotten as soon as there is another
-    assert (fourth.consumed, fourth.delay) == (5, 3)  # the largest of the recent ones
+    assert (second.consumed, second.delay) == (5, 20)  # the cold start: 18 steps, and the two that fix the swap
+    assert (third.consumed, third.delay) == (5, 5)  # it is forgotten as soon as there is another
+    assert (fourth.consumed, fourth.delay) == (5, 5)  # the largest of the recent ones
     cycle.hold(START + 10**9, np.array([0.0, 0.05]))
     cycle.run(observation(two, START + 1250 * MS, [0.0, 0.05]), clock(START + 1250 * MS, START + 1300 * MS))
     assert policy.previous[-1] is None  # after a hold the next chunk starts afresh
@@ -216,8 +218,60 @@ def test_continuations_are_always_lawful(age_ms: int, delay: int, horizon: int) 
     chunk = ActionChunk(np.zeros((horizon, 2)), np.zeros((horizon, 32), np.float32), START, {})
     made = continuation(chunk, START + age_ms * MS, PERIOD, delay)
     if made is not None:
-        assert 0 <= made.delay <= made.consumed <= horizon - made.delay
+        assert made.consumed * PERIOD == pytest.approx(age_ms * MS)
+        assert 0 <= 2 * made.delay <= horizon - made.consumed + 1  # at most half of what is left
         assert made.delay <= delay
+
+
+@given(steps=st.integers(1, 8), late=st.integers(51, 400), seed=st.integers(0, 2**16))
+@settings(max_examples=200, deadline=None)
+def test_chunks_that_agree_on_what_rtc_keeps_have_no_seam(steps: int, late: int, seed: int) -> None:
+    """At any delay the kept actions, and not one less, decide position and velocity at the swap."""
+    random, timeline = np.random.default_rng(seed), ChunkTimeline(PERIOD, 0.2)
+    path = np.cumsum(random.uniform(1.0, 2.0, (60, 2)), axis=0)
+    timeline.commit(chunk_curve(START, path[:50], PERIOD))
+    kept = delay_steps(late * MS, PERIOD)
+    new = path[steps : steps + 30].copy()
+    new[kept:] += random.normal(size=new[kept:].shape)
+    stamp = START + steps * PERIOD
+    plan = timeline.plan(stamp, new, stamp + late * MS, path[0])
+    assert plan is not None
+    np.testing.assert_allclose(plan.jump, 0.0, atol=1e-9)
+    np.testing.assert_allclose(plan.velocity_jump, 0.0, atol=1e-6)
+    agreed = kept - plan.first
+    np.testing.assert_allclose(plan.positions[:agreed], new[plan.first : kept], atol=1e-6)  # nothing to fade
+    new[kept - 1] += 0.5
+    other = timeline.plan(stamp, new, stamp + late * MS, path[0])
+    assert other is not None
+    assert np.abs(other.velocity_jump).max() > 1e-3
+
+
+@given(late=st.integers(0, 300), seed=st.integers(0, 2**16))
+@settings(max_examples=100, deadline=None)
+def test_a_chunk_fades_in_without_a_jump_and_is_itself_after_the_blend(late: int, seed: int) -> None:
+    random, timeline = np.random.default_rng(seed), ChunkTimeline(PERIOD, 0.2)
+    timeline.commit(chunk_curve(START, np.cumsum(random.uniform(0.0, 0.1, (40, 2)), axis=0), PERIOD))
+    chunk = np.cumsum(random.uniform(0.05, 0.15, (30, 2)), axis=0)
+    now = START + late * MS
+    position, velocity = timeline.sample(now)  # type: ignore[misc]
+    plan = timeline.plan(START, chunk, now, position)
+    assert plan is not None
+    np.testing.assert_allclose(plan.start_position, position)
+    np.testing.assert_allclose(plan.start_velocity, velocity)
+    alone = chunk_curve(START, chunk, PERIOD)
+
+    def faded(at: float) -> Any:
+        """Position, seconds after the swap."""
+        u, due = min(at / 0.2, 1.0), now + round(at * 1e9)
+        share = u * u * (3.0 - 2.0 * u)
+        return (1.0 - share) * timeline.sample(due)[0] + share * alone.sample(due)[0]  # type: ignore[index]
+
+    for at, wanted, speed in zip(plan.times[:-1], plan.positions, plan.velocities):
+        np.testing.assert_allclose(wanted, faded(at), atol=1e-7)
+        slope = (faded(at + 1e-5) - faded(at - 1e-5)) / 2e-5
+        np.testing.assert_allclose(speed, slope, atol=1e-2)  # the derivative of what is faded
+        if at >= 0.2:
+            np.testing.assert_allclose(speed, alone.sample(now + round(at * 1e9))[1], atol=1e-5)
 
 
 def test_delays_are_a_window() -> None:
@@ -225,8 +279,8 @@ def test_delays_are_a_window() -> None:
     assert delays.steps(PERIOD) is None
     for value in (400, 100, 20, 20):
         delays.push(value * MS)
-    assert delays.steps(PERIOD) == 3  # actions 0, 1 and 2, which is due at the swap
-    assert delays.steps(33 * MS) == 4  # in steps of the robot's own period
+    assert delays.steps(PERIOD) == 4  # actions 0 and 1, then 2, which is due at the swap, and 3 for its velocity
+    assert delays.steps(33 * MS) == 6  # in steps of the robot's own period
 
 
 def test_ensembling_averages_by_time() -> None:

@@ -23,7 +23,8 @@ class StubPolicy:
         actions = np.repeat(observation.state[None], HORIZON, axis=0) + np.float32(bright)
         actions = (actions + self.amount * noise[:, :dim]).astype(np.float32)
         if previous is not None:
-            keep = previous.normalised[previous.consumed : previous.consumed + previous.delay, :dim]
+            first = round(previous.consumed)
+            keep = previous.normalised[first : first + previous.delay, :dim]
             actions[: len(keep)] = keep
         normalised = np.zeros((HORIZON, 32), np.float32)
         normalised[:, :dim] = actions

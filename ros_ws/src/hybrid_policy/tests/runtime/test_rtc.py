@@ -51,9 +51,35 @@ def test_shifted_chunk():
     assert (target[4:] == 0).all()
 
 
-@pytest.mark.parametrize(("delay", "consumed"), [(3, 2), (4, 13), (-1, 2)])
+def test_between_two_steps_the_previous_chunk_is_a_line():
+    chunk = np.array([[0.0], [1.0], [3.0], [7.0], [8.0]], np.float32)
+    target = shifted(Continuation(chunk, consumed=1.25, delay=3), 5, 1)
+    np.testing.assert_allclose(target[:, 0], [1.5, 4.0, 7.25, 0.0, 0.0])
+    weights = overlap_weights(5, 1, 1.25, "exp")
+    assert (weights[:3] > 0).all()
+    assert (weights[3:] == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["guided", "prior_corrected"])
+@pytest.mark.parametrize("steps", [3, 5, 10])
+def test_the_last_step_ends_on_the_kept_actions(mode, steps):
+    """The weight that the last step needs, of a flow that pulls elsewhere; as many as steps, by default."""
+    times = 1 - np.arange(steps) / steps
+    strengths = RealTimeChunking(mode=mode).step_weights(times)
+    assert strengths.max() <= steps
+    x, y = 3.0, 0.5
+    for t, w in zip(times, strengths):
+        v = (x + 1.0) / t  # towards -1
+        x -= (v - w * (y - (x - t * v))) / steps
+    if mode == "prior_corrected":
+        assert x == pytest.approx(y, abs=1e-6)
+    else:  # the paper's weight at the last step is a little below the number of steps
+        assert abs(x - y) < 0.25
+
+
+@pytest.mark.parametrize(("delay", "consumed"), [(15, 2), (4, 13), (4, 12.5), (-1, 2), (0, 17), (0, -1)])
 def test_impossible_delays_are_named(delay, consumed):
-    with pytest.raises(InputError, match="delay <= consumed"):
+    with pytest.raises(InputError, match="delay <= 16 - consumed"):
         shifted(Continuation(np.zeros((16, 2), np.float32), consumed, delay), 16, 2)
 
 
