@@ -4,9 +4,11 @@
     python benchmarks/seams.py --modes off rtc --delays 0.2  a part of it
 
 Every mode and delay gets the same scenes and the same noise, in simulated time with a made delay. A seam
-is measured at the moment of the swap and before the blend: how far the new chunk's action due now lies
-from the command in force (position), and how much their velocities differ. `sent` is the largest
-acceleration in the commands after guard and blend. Writes seams.json and seams.png.
+is measured at the moment of the swap and before the fade: how far the curve through the new chunk's
+actions lies from the command in force (position), and how much their velocities differ. `sent` is the
+largest acceleration in the commands after guard and fade, over the 0.2 s after the swap; `inside` is what
+the policy itself asks for in that time, within its chunk: the largest change of velocity from one step to
+the next, as a velocity and as an acceleration. Writes seams.json and seams.png.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ MODES = {
     "rtc prior-corrected": ("rtc", "prior_corrected", 0.2),
     "ensemble": ("ensemble", "off", 0.2),
 }
+
+
+COLUMNS = ("position (rad)", "velocity (rad/s)", "sent (rad/s^2)", "inside (rad/s)", "inside (rad/s^2)")
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def run_job(job: Job) -> dict[str, Any]:
     engine = Engine.from_checkpoint(job.checkpoint, "bf16", "cpu", rtc=RealTimeChunking(mode=engine_mode))  # type: ignore[arg-type]
     file = RobotFile.load(resolve("sim_aloha", "config/robots"))
     settings = LoopSettings(rate=job.rate, delay=job.delay, chunking=chunking, blend=blend)
-    seams: list[tuple[float, float, float]] = []
+    seams: list[tuple[float, ...]] = []
     successes, seconds = 0, []
     robot: SimRobot | None = None
     for seed in range(job.episodes):
@@ -91,13 +96,22 @@ def run_job(job: Job) -> dict[str, Any]:
         "seams": len(seams),
         **{
             f"{name} {what}": float(value)
-            for i, name in enumerate(("position (rad)", "velocity (rad/s)", "sent (rad/s^2)"))
+            for i, name in enumerate(COLUMNS)
             for what, value in zip(("p50", "p95", "max"), np.percentile(table[:, i], [50, 95, 100]))
         },
     }
 
 
-def measure(episode: Any, chunk: Any, seams: list[tuple[float, float, float]]) -> None:
+def inside(episode: Any, result: Any) -> tuple[float, float]:
+    """Largest change of velocity (rad/s), and acceleration (rad/s^2), within a chunk, over the fade."""
+    period = episode.robot_file.period * 1e-9
+    steps = np.diff(episode.robot_file.commands(result.chunk.actions), n=2, axis=0)
+    count = max(1, round(0.2 / period))
+    change = float(np.abs(steps[max(0, result.first - 1) :][:count]).max()) / period
+    return change, change / period
+
+
+def measure(episode: Any, chunk: Any, seams: list[tuple[float, ...]]) -> None:
     """Let a chunk take over and note its seam."""
     cycle = episode.cycle
     accept = type(cycle).accept
@@ -105,7 +119,8 @@ def measure(episode: Any, chunk: Any, seams: list[tuple[float, float, float]]) -
     def noting(*args: Any, **keywords: Any) -> Any:
         result = accept(cycle, *args, **keywords)
         if result.trajectory is not None:
-            seams.append((result.seam.position, result.seam.velocity, result.seam.acceleration))
+            seam = result.seam
+            seams.append((seam.position, seam.velocity, seam.acceleration, *inside(episode, result)))
         return result
 
     cycle.accept = noting
@@ -119,14 +134,15 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
+    figure, axes = plt.subplots(1, 4, figsize=(17, 4), constrained_layout=True)
     titles = {
         "success": "success",
         "position (rad) p95": "position jump at a seam, p95 (rad)",
         "velocity (rad/s) p95": "velocity jump at a seam, p95 (rad/s)",
+        "sent (rad/s^2) p95": "acceleration sent after it, p95 (rad/s²)",
     }
     for axis, (key, title) in zip(axes, titles.items()):
-        for mode in dict.fromkeys(row["mode"] for row in rows):
+        for mode in dict.fromkeys(row["mode"] for row in rows if row["mode"] != "off, no blend"):
             points = sorted((row["delay_ms"], row[key]) for row in rows if row["mode"] == mode)
             axis.plot(*zip(*points), marker="o", label=mode)
         axis.set_xlabel("delay (ms)")

@@ -144,7 +144,7 @@ def chunk_curve(stamp: int, positions: Array, period: int) -> Trajectory:
     """
     if len(positions) == 1:
         return Trajectory.hold(stamp, positions[0])
-    times = period * 1e-9 * np.arange(1, len(positions))
+    times: Array = np.arange(1, len(positions), dtype=np.float64) * (period * 1e-9)
     velocities = monotone_velocities(times, positions[1:], positions[0])
     return Trajectory(stamp, times, positions[1:], velocities, positions[0], (positions[1] - positions[0]) / times[0])
 
