@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import dataclasses
 import datetime
+import importlib.metadata
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,36 +28,50 @@ import problems as p
 import python_sequence
 import torch
 import triton
-from hybrid_policy.kernels import activations, library, nvfp4, tiles
+from hybrid_policy.kernels import activations, library, nvfp4, tiles, wgmma_linear, wgmma_tiles
 from hybrid_policy.kernels.nvfp4_activation import NVFP4Activation
-from hybrid_policy.kernels.stream import capability_of
+from hybrid_policy.kernels.stream import StreamWeight, capability_of
 from timing import graph_time_us, weight_sets
 
 Row = dict[str, object]
 
 
-def swept_tiles(path: Path) -> dict[tuple[str, int], tiles.Tile]:
-    """The fastest tile of each problem in a sweep's CSV."""
-    best: dict[tuple[str, int], tuple[float, tiles.Tile]] = {}
-    kinds = {field.name: field.type for field in dataclasses.fields(tiles.Tile)}
-    for row in csv.DictReader(path.open()):
-        if row["us"]:
-            values = {k: row[k] == "True" if kind == "bool" else int(row[k]) for k, kind in kinds.items()}
-            found = (float(row["us"]), tiles.Tile(**values))
-            key = (row["problem"], int(row["m"]))
-            best[key] = min(best.get(key, found), found, key=lambda pair: pair[0])
-    return {key: tile for key, (_, tile) in best.items()}
+def time_ours(problem: p.Problem, pdl: bool) -> tuple[float, float, str]:
+    """(us, relative error, the tile) of the route that a layer takes on this device."""
+    if capability_of(torch.device("cuda")) != 90:
+        return time_stream(problem, pdl)
+    inputs, out = p.Inputs.random(problem, 0), p.output(problem)
+    if problem.geglu and problem.fmt == "nvfp4":
+        tile = wgmma_tiles.gate_up_tile(problem.m, problem.n, problem.k)
+        packs = [p.random_slabs(problem, seed) for seed in range(weight_sets(problem.n * problem.k * 9 // 16))]
+        packs[-1].launch(inputs.x, out, tile)
+        error = p.slabs_error(problem, packs[-1], inputs, out)
+        return graph_time_us([lambda w=w: w.launch(inputs.x, out, tile, pdl=pdl) for w in packs]), error, str(tile)
+    small = wgmma_tiles.linear_tile(problem.m, problem.n, problem.k)
+    if problem.fmt != "fp8" or small is None:
+        return time_stream(problem, pdl)
+    weights = [p.random_weight(problem, seed) for seed in range(weight_sets(problem.n * problem.k))]
+
+    def down(weight: StreamWeight, dependent: bool) -> None:
+        assert weight.row_scale is not None
+        wgmma_linear.launch(
+            weight.weight, weight.row_scale, inputs.operand, out, small, residual=inputs.residual, gate=inputs.gate,
+            x_scale=inputs.x_scale, pdl=dependent,
+        )  # fmt: skip
+
+    down(weights[-1], False)
+    error = p.relative_error(problem, weights[-1], inputs, out, 128)
+    return graph_time_us([lambda w=w: down(w, pdl) for w in weights]), error, str(small)
 
 
-def time_ours(problem: p.Problem, pdl: bool, swept: dict[tuple[str, int], tiles.Tile]) -> tuple[float, float, str]:
-    """(us, relative error, the tile) of our kernel, by the tables or by a sweep just made."""
+def time_stream(problem: p.Problem, pdl: bool) -> tuple[float, float, str]:
+    """The same of the Triton kernel, the route of every other device."""
     bytes_each = int(problem.n * problem.k * {"bf16": 2, "fp8": 1, "nvfp4": 0.5625}[problem.fmt])
     packs = [p.random_weight(problem, seed) for seed in range(weight_sets(bytes_each))]
     inputs, out = p.Inputs.random(problem, 0), p.output(problem)
     capability = capability_of(out.device)
     pick = tiles.gate_up_tile if problem.geglu else tiles.linear_tile
     tile = pick(problem.fmt, problem.m, problem.n, problem.k, capability)
-    tile = swept.get((problem.name, problem.m), tile)
     arguments = p.launch_arguments(problem, inputs)
     packs[-1].launch(inputs.operand, out, tile, pdl=False, **arguments)
     error = p.relative_error(problem, packs[-1], inputs, out, tile.bk)
@@ -161,27 +176,39 @@ def quantiser_rows() -> list[Row]:
     return rows
 
 
+def other_versions() -> str:
+    """The driver's and humming-kernels', where they can be had."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")[0] or "unknown"
+    try:
+        humming = importlib.metadata.version("humming-kernels")
+    except importlib.metadata.PackageNotFoundError:
+        humming = "absent"
+    return f"driver {driver}, humming-kernels {humming}"
+
+
 def main() -> int:
     """Time every line that runs here; a line that fails prints why and is left out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("kernels.csv"))
     parser.add_argument("--no-humming", action="store_true")
     parser.add_argument("--only", default="", help="time only lines whose name contains this")
-    parser.add_argument("--tiles", type=Path, help="a sweep's CSV whose winners replace the tables' tiles")
     args = parser.parse_args()
-    swept = {} if args.tiles is None else swept_tiles(args.tiles)
     rows: list[Row] = []
     shapes = [p.EXPERT, p.PREFIX_SMALL, p.PREFIX, p.DOWN, p.DOWN_GIVEN, p.DOWN_NVFP4, p.QKV, p.OUT]
     for problem in shapes:
         lines: list[tuple[str, Callable[[], object]]] = [
-            ("ours", lambda q=problem: time_ours(q, False, swept)),
-            ("ours pdl", lambda q=problem: time_ours(q, True, swept)),
+            ("ours", lambda q=problem: time_ours(q, False)),
+            ("ours pdl", lambda q=problem: time_ours(q, True)),
+            ("ours in Triton", lambda q=problem: time_stream(q, False)),
+            ("ours in Triton pdl", lambda q=problem: time_stream(q, True)),
         ]
         alone = not problem.quantised and problem is not p.DOWN_NVFP4
         if alone:
             lines += [(f"cuBLAS {f}", lambda q=problem, f=f: time_library(q, f)) for f in ("bf16", "fp8 by row", "fp8")]
         if problem.fmt != "bf16" and alone and not args.no_humming:
             lines.append(("humming W4A16", lambda q=problem: time_humming(q, False)))
+            lines.append(("humming W4A16 pdl", lambda q=problem: time_humming(q, True)))
         for what, measure in lines:
             if args.only not in what:
                 continue
@@ -198,7 +225,7 @@ def main() -> int:
                 print(f"{problem.name} M={problem.m} {what}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             torch.cuda.empty_cache()
     rows += quantiser_rows()
-    versions = f"torch {torch.__version__}, Triton {triton.__version__}, CUDA {torch.version.cuda}"
+    versions = f"torch {torch.__version__}, Triton {triton.__version__}, CUDA {torch.version.cuda}, {other_versions()}"
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     keys = ["problem", "m", "n", "k", "what", "us", "relative_error", "tile", "device", "versions", "date"]
     with args.out.open("w", newline="") as file:

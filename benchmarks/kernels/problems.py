@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from hybrid_policy.kernels import fp8, nvfp4
+from hybrid_policy.kernels import fp8, nvfp4, wgmma_packing
 from hybrid_policy.kernels.gate_up import geglu_reference
 from hybrid_policy.kernels.packing import separate_rows
 from hybrid_policy.kernels.stream import StreamWeight
 from hybrid_policy.kernels.tiles import Format
+from hybrid_policy.kernels.wgmma import WgmmaWeight
 
 
 @dataclass(frozen=True)
@@ -140,3 +141,32 @@ def dequantized_rows(packed: StreamWeight, rows: slice) -> torch.Tensor:
         part.weight = packed.weight[rows]
     part.row_scale = None if packed.row_scale is None else packed.row_scale[rows]
     return part.dequantized()
+
+
+def random_slabs(problem: Problem, seed: int, device: str = "cuda") -> WgmmaWeight:
+    """The same kind of random weights in the order of wgmma_gate_up."""
+    generator = torch.Generator(device).manual_seed(seed)
+    n, k = problem.n, problem.k
+    small = nvfp4.quantize(torch.randn(128, k, generator=generator, device=device), rule="max")
+    packed = WgmmaWeight(small, small.global_scale.expand(128))
+    shape = (n // wgmma_packing.ROWS, k // wgmma_packing.COLUMNS, wgmma_packing.SLAB)
+    slabs = torch.randint(0, 256, shape, generator=generator, device=device, dtype=torch.uint8)
+    slabs[..., 4096:] = 112 + slabs[..., 4096:] % 24  # scales from 2**5 to 2**8
+    packed.n, packed.slabs = n, slabs
+    packed.row_scale = packed.row_scale[:1].expand(n).contiguous()
+    return packed
+
+
+def slabs_error(problem: Problem, packed: WgmmaWeight, inputs: Inputs, out: torch.Tensor) -> float:
+    """As :func:`relative_error`, for gate and up in slabs: over the first and the last 512 rows."""
+    worst = 0.0
+    for rows in (slice(0, 512), slice(problem.n - 512, problem.n)):
+        part = packed.slabs[rows.start // 128 : rows.stop // 128]
+        scale = packed.row_scale[0] / 128
+        wide = nvfp4.dequantize(wgmma_packing.unpack(part, 512, problem.k, scale)).double()
+        reference = geglu_reference(inputs.x, *separate_rows(wide), None)
+        got = out[:, rows.start // 2 : rows.stop // 2]
+        if not bool(torch.isfinite(got).all()):
+            return float("nan")
+        worst = max(worst, float((got.double() - reference).norm() / reference.norm()))
+    return worst

@@ -1,0 +1,190 @@
+// Hopper's building blocks (sm_90a): mbarriers, bulk and tensor copies, warpgroup products, NVFP4 decode.
+//
+// Every wait is a poll of an mbarrier's phase. With SPIN_LIMIT > 0 (tests) a poll that never ends traps.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short u16;
+typedef unsigned char u8;
+
+#ifndef SPIN_LIMIT
+#define SPIN_LIMIT 0
+#endif
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ __forceinline__ u32 of_rank(u32 address, u32 rank) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+
+// Blocks of the cluster meet. Publishes nothing but initialised barriers (barriers_initialised): a full release would
+// drain every global write, a microsecond.
+__device__ __forceinline__ void cluster_meet() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// ---------------------------------------------------------------------------------------------- dependent launches
+__device__ __forceinline__ void wait_for_predecessor() {
+#if PDL
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_dependents_start() {
+#if PDL
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// --------------------------------------------------------------------------------------------------------- barriers
+__device__ __forceinline__ void barrier_init(u32 bar, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void barriers_initialised() {
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void expect(u32 bar, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void arrive(u32 bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+
+__device__ __forceinline__ void arrive_at(u32 bar, u32 rank) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(of_rank(bar, rank)) : "memory");
+}
+
+__device__ __forceinline__ bool passed(u32 bar, u32 parity) {
+    u32 done;
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+    return done;
+}
+
+__device__ __forceinline__ void wait(u32 bar, u32 parity) {
+#if SPIN_LIMIT
+    for (u32 polls = 0; !passed(bar, parity); polls++)
+        if (polls > SPIN_LIMIT) __trap();
+#else
+    while (!passed(bar, parity)) {
+    }
+#endif
+}
+
+// barrier ``id`` of ``threads`` of this block
+__device__ __forceinline__ void named_barrier(u32 id, u32 threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ----------------------------------------------------------------------------------------------------------- copies
+__device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(bar) : "memory");
+}
+
+// the box of a two-dimensional tensor map at (column, row)
+__device__ __forceinline__ void copy_box(u32 to, const void* map, int column, int row, u32 bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+        "l"(map), "r"(column), "r"(row), "r"(bar) : "memory");
+}
+
+// the same, to this offset in every block of ``blocks`` (a mask) of the cluster
+__device__ __forceinline__ void copy_box_to(u32 to, const void* map, int column, int row, u32 bar, u16 blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(bar), "h"(blocks) : "memory");
+}
+
+__device__ __forceinline__ void prefetch_map(const void* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// four floats into another block's shared memory; its barrier counts the bytes
+__device__ __forceinline__ void send4(u32 to, u32 bar, float a, float b, float c, float d) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                 "f"(a), "f"(b), "f"(c), "f"(d), "r"(bar) : "memory");
+}
+
+// ------------------------------------------------------------------------------------------------ warpgroup products
+// A shared operand of rows of 128 bytes (its 16-byte columns permuted within eights of rows, as tensor copies leave
+// them), from 1024-byte aligned memory; adding 2 moves on by 32 bytes of K.
+__device__ __forceinline__ u64 operand(u32 address) {
+    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
+}
+
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT>
+__device__ __forceinline__ void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+// keeps the compiler from moving accesses of accumulators across a wait
+template <int N>
+__device__ __forceinline__ void pin(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+__device__ __forceinline__ void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+// ------------------------------------------------------------------------------------------------------------ numbers
+// bf16x2 product, rounded once (adding -0 changes nothing); subnormals are kept
+__device__ __forceinline__ u32 multiply(u32 a, u32 b) {
+    u32 d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
+    return d;
+}
+
+// One thread's register operand of a k step: ``word`` in the order of packing.pack_words, ``scales`` two bytes (rows r
+// and r + 8) at ``position``: five bits of exponent and three of mantissa, s * 2**119 once they stand in a bf16.
+__device__ __forceinline__ void decode(u32 (&a)[4], u32 word, u32 scales, u32 position) {
+    const u32 mask = 0x81c081c0u;
+    const u32 pair = __byte_perm(scales, 0, position ? 0x4342 : 0x4140) * 16 + 0x76807680u;
+    const u32 s0 = __byte_perm(pair, 0, 0x1010), s1 = __byte_perm(pair, 0, 0x3232);
+    a[0] = multiply(word & mask, s0);
+    a[1] = multiply(((word << 3) ^ (word << 2)) & mask, s1);
+    a[2] = multiply((word << 6) & mask, s0);
+    a[3] = multiply(((word << 1) ^ (word >> 4)) & mask, s1);
+}
+
+// gelu_tanh(g) * u, by 2**t and 1/t of the special-function unit
+__device__ __forceinline__ float geglu(float g, float u) {
+    float e = g * fmaf(-0.10294324f, g * g, -2.302208198144325f);
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(e));
+    e += 1.0f;
+    asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(e));
+    return g * e * u;
+}
+
+__device__ __forceinline__ u16 to_bf16(float value) {
+    u16 d;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(d) : "f"(value));
+    return d;
+}
+
+// two E4M3, saturating, NaN kept; the first in the low byte
+__device__ __forceinline__ u16 to_e4m3x2(float low, float high) {
+    u16 d;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(d) : "f"(high), "f"(low));
+    return d;
+}
