@@ -7,7 +7,7 @@ that is whole and was made of the same bag, settings, robot file and checkpoint 
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.errors import InputError
-from hybrid_policy.evaluation import metrics
+from hybrid_policy.evaluation import html_bag, metrics
 from hybrid_policy.evaluation.bag import BagSource, disk_size, open_bag
 from hybrid_policy.evaluation.delays import read_log
 from hybrid_policy.evaluation.follow_log import FollowLog, parity, published
@@ -30,6 +30,7 @@ from hybrid_policy.evaluation.policy_pass import PolicyPass, fit_robot
 from hybrid_policy.evaluation.predictions import write_predictions
 from hybrid_policy.evaluation.replay import Replay
 from hybrid_policy.evaluation.replay_record import RecipeRun, ReplayedChunk, ReplaySettings
+from hybrid_policy.evaluation.report import robot_facts
 from hybrid_policy.evaluation.survey import Survey, survey
 from hybrid_policy.evaluation.topic_match import match_topics
 from hybrid_policy.models.observation import Policy
@@ -65,6 +66,7 @@ class BagJob:
     predictions: bool = True
     follow: Path | None = None
     policy: str = ENGINE
+    pictures: bool = True
 
     @property
     def folder(self) -> Path:
@@ -73,7 +75,7 @@ class BagJob:
 
     def fingerprint(self) -> str:
         """Of everything that the result follows from; 16 hex digits."""
-        parts = {k: v for k, v in asdict(self).items() if k not in ("output", "robot")}
+        parts = {k: v for k, v in asdict(self).items() if k not in ("output", "robot", "pictures")}
         parts["size"] = disk_size(self.bag) if self.bag.exists() else -1
         parts["changed"] = _changed(self.bag)
         parts["robot"] = self.robot.read_text("utf-8")
@@ -92,6 +94,7 @@ def run_job(job: BagJob, tell: Tell = lambda _fraction, _text: None) -> dict[str
     if kept is not None and kept.get("fingerprint") == mark and kept.get("status") != "failed":
         return kept
     job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / html_bag.DRAWN).unlink(missing_ok=True)
     began = time.perf_counter()
     try:
         result, series = _replay(job, tell)
@@ -107,7 +110,18 @@ def run_job(job: BagJob, tell: Tell = lambda _fraction, _text: None) -> dict[str
     partial = job.folder / (RESULT + ".part")
     partial.write_text(json.dumps(clean(result), indent=1), "utf-8")
     partial.replace(job.folder / RESULT)
-    return read_result(job.folder) or result
+    result = read_result(job.folder) or result
+    if job.pictures:
+        _draw(job, result)
+    return result
+
+
+def _draw(job: BagJob, result: Mapping[str, Any]) -> None:
+    """The bag's section of the report: here, where bags are worked on at once, rather than one after another."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return  # a worker without it; whoever writes the report draws then
+    page = html_bag.section(result, robot_facts(RobotFile.load(job.robot)), job.folder, job.recipes)
+    (job.folder / html_bag.DRAWN).write_text(page, "utf-8")
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

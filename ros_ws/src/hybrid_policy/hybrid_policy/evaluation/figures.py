@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ INK, FAINT, GRID, ALARM = "#1f2933", "#9aa5b1", "#e4e7eb", "#c0392b"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _WIDTH = 11.0
 _MOST_POINTS = 2500
+#: inches above a grid of plots, for its legend
+_LEGEND = 0.24
 
 _STYLE = {
     "font.family": "DejaVu Sans", "font.size": 8.5, "axes.edgecolor": FAINT, "axes.labelcolor": INK,
@@ -41,7 +43,7 @@ def trajectories(
     with _style():
         columns = 3
         rows = -(-len(names) // columns)
-        figure, axes = _plots(rows, columns, (_WIDTH, 1.5 * rows + 0.5), sharex=True)
+        figure, axes = _grid(rows, columns, (_WIDTH, 1.5 * rows + 0.5), sharex=True)
         marks = _marks(series, recipes)
         for i, name in enumerate(names):
             axis = axes[i]
@@ -68,7 +70,7 @@ def joints(series: Series, names: Sequence[str], origin: int) -> str:
     with _style():
         columns = 3
         rows = -(-len(names) // columns)
-        figure, axes = _plots(rows, columns, (_WIDTH, 1.5 * rows + 0.5), sharex=True)
+        figure, axes = _grid(rows, columns, (_WIDTH, 1.5 * rows + 0.5), sharex=True)
         keep = _thin(len(series["joint_times"]))
         times = (series["joint_times"][keep] - origin) * 1e-9
         measured = series["joints"][keep][:, series["joint_index"]]
@@ -119,7 +121,7 @@ def recipes_apart(bag: Mapping[str, Any], series: Series, recipes: Sequence[str]
     if not others or base is None:
         return ""
     with _style():
-        figure, axes = _plots(1, 2, (_WIDTH, 2.3), width_ratios=[1.8, 1.0])
+        figure, axes = _grid(1, 2, (_WIDTH, 2.3), width_ratios=[1.8, 1.0])
         for recipe in others:
             mine = series[f"run/{recipe}/commands"]
             count = min(len(mine), len(base))
@@ -144,7 +146,7 @@ def seams(series: Series, recipes: Sequence[str], origin: int) -> str:
     if not known:
         return ""
     with _style():
-        figure, axes = _plots(1, 2, (_WIDTH, 2.0))
+        figure, axes = _grid(1, 2, (_WIDTH, 2.0))
         for recipe in known:
             stamps, values = series[f"run/{recipe}/stamps"][1:], series[f"run/{recipe}/seams"][1:]
             for axis, column in zip(axes, (0, 1)):
@@ -220,7 +222,7 @@ def moment(series: Series, recipes: Sequence[str], rank: int, names: Sequence[st
     reference = told if other is None else other
     gap = np.nan_to_num(np.abs(mine - reference)).mean(axis=0)
     with _style():
-        figure, axes = _plots(1, 3, (6.6, 1.75))
+        figure, axes = _grid(1, 3, (6.6, 1.75))
         for axis, joint in zip(axes, np.argsort(-gap)[:3]):
             axis.plot(told[:, joint], color=INK, lw=1.3, label="recorded")
             if other is not None:
@@ -312,6 +314,7 @@ def _plots(
     size: tuple[float, float],
     sharex: bool = False,
     width_ratios: Sequence[float] | None = None,
+    layout: Literal["constrained"] | None = "constrained",
 ) -> tuple[Figure, list[Axes]]:
     from matplotlib import pyplot
 
@@ -321,16 +324,37 @@ def _plots(
         figsize=size,
         sharex=sharex,
         squeeze=False,
-        layout="constrained",
+        layout=layout,
         width_ratios=width_ratios,
     )
     return figure, list(axes.reshape(-1))
 
 
+def _grid(
+    rows: int,
+    columns: int,
+    size: tuple[float, float],
+    sharex: bool = False,
+    width_ratios: Sequence[float] | None = None,
+) -> tuple[Figure, list[Axes]]:
+    """`_plots` with fixed margins, for axes whose labels are numbers: half the time of a layout that is searched."""
+    figure, axes = _plots(rows, columns, size, sharex, width_ratios, layout=None)
+    wide, high = size
+    top = _LEGEND if rows > 1 else 0.0  # inches, here and below
+    left, right, above, below, between, under = 0.42, 0.08, 0.24 + top, 0.4, 0.46, 0.32
+    width = (wide - left - right - between * (columns - 1)) / columns
+    height = (high - above - below - under * (rows - 1)) / rows
+    figure.subplots_adjust(
+        left=left / wide, right=1 - right / wide, top=1 - above / high, bottom=below / high,
+        wspace=between / width, hspace=under / height,
+    )  # fmt: skip
+    return figure, axes
+
+
 def _legend(figure: Figure, axis: Axes) -> None:
     handles, labels = axis.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), fontsize=8)
+        figure.legend(handles, labels, loc="upper left", ncols=len(labels), fontsize=8)
 
 
 def _svg(figure: Figure) -> str:

@@ -15,19 +15,26 @@ from hybrid_policy.evaluation.html_parts import escape, lines, milliseconds, pic
 Series = Mapping[str, NDArray[Any]]
 
 
-def section(bag: Mapping[str, Any], report: Mapping[str, Any], folder: Path, recipes: Sequence[str], index: int) -> str:
-    """The section as HTML; ``folder`` holds the bag's ``series.npz``."""
+#: Beside the bag's result: its section, drawn by whoever replayed it, so that many bags are drawn at once.
+DRAWN = "section.html"
+
+
+def section(bag: Mapping[str, Any], robot: Mapping[str, Any], folder: Path, recipes: Sequence[str]) -> str:
+    """The section's inside as HTML.
+
+    bag: its result, with what was measured. robot: ``report.robot_facts``. folder: holds the bag's ``series.npz``.
+    """
     series = _load(folder / "series.npz")
     origin = int(series["span"][0]) if "span" in series else 0
     seconds = f"<small>{bag['seconds']:.1f} s</small>"
     parts = [
-        f"<section class=bag id=bag{index}><h2>{escape(bag['name'])} {seconds}</h2>",
+        f"<h2>{escape(bag['name'])} {seconds}</h2>",
         lines("What the policy could not be given", bag["lacks"], "bad"),
         lines("Damage", bag.get("problems", []), "warn"),
         lines("Notes", bag["notes"], "warn"),
     ]
     if bag["status"] == "replayed":
-        parts += _replayed(bag, report, series, [r for r in recipes if f"run/{r}/stamps" in series], origin)
+        parts += _replayed(bag, robot, series, [r for r in recipes if f"run/{r}/stamps" in series], origin)
     elif bag.get("joint_columns"):
         parts.append(titled("Joints", figures.joints(series, bag["joint_columns"], origin)))
     if bag.get("robot_file_sketch"):
@@ -46,7 +53,6 @@ def section(bag: Mapping[str, Any], report: Mapping[str, Any], folder: Path, rec
     if bag["status"] != "replayed" and bag.get("topics"):
         topics = [(escape(t["name"]), escape(t["type"]), str(t["messages"])) for t in bag["topics"]]
         parts.append(titled("Topics in the bag", table(("topic", "type", "messages"), topics, "ttn")))
-    parts.append("</section>")
     return "\n".join(part for part in parts if part)
 
 
@@ -58,10 +64,9 @@ def _load(path: Path) -> Series:
 
 
 def _replayed(
-    bag: Mapping[str, Any], report: Mapping[str, Any], series: Series, recipes: Sequence[str], origin: int
+    bag: Mapping[str, Any], robot: Mapping[str, Any], series: Series, recipes: Sequence[str], origin: int
 ) -> list[str]:
-    names, spans = report["settings"]["commands"], report["settings"]["command_spans"]
-    measured = {**bag, "measured": report["measured"]["bags"][bag["name"]]}
+    names, spans = robot["commands"], robot["command_spans"]
     return [
         titled(
             "Commands",
@@ -78,7 +83,7 @@ def _replayed(
         titled(f"Difference to {recipes[0]}", figures.recipes_apart(bag, series, recipes, origin)),
         titled("Seams", figures.seams(series, recipes, origin)),
         _guard(bag, recipes),
-        titled("Latency", figures.latency(measured, series, recipes)),
+        titled("Latency", figures.latency(bag, series, recipes)),
     ]
 
 

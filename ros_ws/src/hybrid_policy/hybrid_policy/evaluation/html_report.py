@@ -25,7 +25,7 @@ def write_page(report: Mapping[str, Any], folders: Mapping[str, Path], path: Pat
     bags, recipes = report["bags"], list(report["summary"])
     parts = [_head(report), _verdict(report), _summary(report, recipes), _bag_table(bags, recipes)]
     for i, bag in enumerate(bags[:MOST_BAGS]):
-        parts.append(html_bag.section(bag, report, folders[bag["name"]], recipes, i))
+        parts.append(f"<section class=bag id=bag{i}>{_drawn(bag, report, folders[bag['name']], recipes)}</section>")
     if len(bags) > MOST_BAGS:
         parts.append(f"<p class=how>{len(bags) - MOST_BAGS} more bags are in report.json.</p>")
     parts.append(_foot(report))
@@ -37,6 +37,14 @@ def write_page(report: Mapping[str, Any], folders: Mapping[str, Path], path: Pat
         f"<body><main>{body}</main></body></html>\n"
     )
     path.write_text(page, "utf-8")
+
+
+def _drawn(bag: Mapping[str, Any], report: Mapping[str, Any], folder: Path, recipes: Sequence[str]) -> str:
+    """The bag's section, as its replay left it or drawn now."""
+    if (folder / html_bag.DRAWN).exists():
+        return (folder / html_bag.DRAWN).read_text("utf-8")
+    whole = {**bag, "measured": report["measured"]["bags"][bag["name"]]}
+    return html_bag.section(whole, report["settings"], folder, recipes)
 
 
 def _head(report: Mapping[str, Any]) -> str:

@@ -26,8 +26,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hybrid_policy.control.cycle import CHUNKING
 from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.errors import InputError
@@ -37,7 +35,7 @@ from hybrid_policy.evaluation.bag_job import ENGINE, BagJob
 from hybrid_policy.evaluation.delays import DelayModel, from_log, read_log
 from hybrid_policy.evaluation.extras import require
 from hybrid_policy.evaluation.foxglove import write_layout
-from hybrid_policy.evaluation.html_report import write_page
+from hybrid_policy.evaluation.html_report import MOST_BAGS, write_page
 from hybrid_policy.evaluation.node_parameters import read_parameters
 from hybrid_policy.evaluation.progress import Bar
 from hybrid_policy.evaluation.replay_record import ReplaySettings
@@ -181,6 +179,7 @@ def _jobs(args: argparse.Namespace, robot: Path, recipes: tuple[str, ...], setti
                 predictions=not args.no_predictions,
                 follow=args.follow_log.resolve() if args.follow_log else None,
                 policy=args.policy,
+                pictures=not args.no_html and len(jobs) < MOST_BAGS,
             )
         )
     return jobs
@@ -214,9 +213,7 @@ def _told(
     args: argparse.Namespace, robot: RobotFile, recipes: Sequence[str], settings: ReplaySettings
 ) -> Mapping[str, Any]:
     return {
-        "robot": robot.name,
-        "commands": list(robot.command_names),
-        "command_spans": [float(s) if np.isfinite(s) else 0.0 for s in robot.limits.upper - robot.limits.lower],
+        **report.robot_facts(robot),
         "checkpoint": Path(_checkpoint(settings)).name,
         "recipes": list(recipes),
         "rate": settings.node.inference_rate,

@@ -10,7 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hybrid_policy import __version__
+from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.evaluation.summary import FIGURES, Check, summarise
 
 SCHEMA = "hybrid_policy.replay/1"
@@ -96,6 +99,16 @@ def build(
             "versions": {"hybrid_policy": __version__, "python": platform.python_version()},
             "machine": platform.machine(),
         },
+    }
+
+
+def robot_facts(robot: RobotFile) -> dict[str, Any]:
+    """What the report says of the robot: its name, its commands' names and the whole range of each (rad or m)."""
+    spans = robot.limits.upper - robot.limits.lower
+    return {
+        "robot": robot.name,
+        "commands": list(robot.command_names),
+        "command_spans": [float(span) if np.isfinite(span) else 0.0 for span in spans],
     }
 
 
