@@ -17,13 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from hybrid_policy.kernels import fp8_product as fp8
 from hybrid_policy.kernels import geglu_rows, norm, qkv
+from hybrid_policy.kernels import vision_attention as vision
 from hybrid_policy.kernels.attention import Attention, AttentionPlan, attention_reference
 from hybrid_policy.kernels.prefix_attention import PrefixAttention
 
 DEVICE = torch.device("cuda")
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 ROWS: list[dict[str, object]] = []
+ONLY_OWN = "--only-own" in sys.argv
 
 
 def chain(*calls, launches=12, replays=15) -> float:
@@ -109,7 +112,7 @@ def time_attention(rows: int, capacity: int) -> None:
     for cluster in (1, 2, 3, 4):
         call = PrefixAttention(rows, 8, capacity, DEVICE, cluster=cluster, pdl=True)
         note(f"attention wgmma, cluster {cluster}, FP8 out", shape, chain(*(ours(call, c) for c in caches)))
-    for plan in (AttentionPlan(64, 32, 1, 4, 3), AttentionPlan(64, 64, 1, 8, 2)):
+    for plan in () if ONLY_OWN else (AttentionPlan(64, 32, 1, 4, 3), AttentionPlan(64, 64, 1, 8, 2)):
         call = Attention(rows, 8, 1, 256, capacity, DEVICE, plan=plan)
         name = f"attention Triton {plan.block_m}x{plan.block_n}, {plan.warps} warps"
         note(name, shape, chain(*(triton_call(call, c) for c in caches)))
@@ -158,6 +161,54 @@ def vision_product(rows: int, name: str, n: int, k: int) -> None:
     note(f"vision {name} FP8", shape, chain(*(lambda w=w: eight(w) for w in w8)), error)
 
 
+def own_product(rows: int, name: str, n: int, k: int) -> None:
+    """fp8_product.cu: the plan, and others near it; fc1 with its GELU, against float32."""
+    x8 = torch.randn(rows, k, device=DEVICE).to(FP8)
+    w8 = [(torch.randn(n, k, device=DEVICE) * 8).to(FP8) for _ in range(6)]
+    scale = k**-0.5 / 8
+    bias = torch.randn(n, device=DEVICE, dtype=BF16) if name in ("qkv", "fc1") else None
+    expected = x8.float() @ w8[0].float().T * scale + (0 if bias is None else bias.float())
+    gelu = 0.02 if name == "fc1" else None
+    if gelu is not None:
+        expected = F.gelu(expected, approximate="tanh").div(gelu).clamp(-448, 448)
+    plan = fp8.plan_product(rows, n, k)
+    plans = [plan]
+    for nt, split in {"qkv": [(96, 1), (112, 1)], "out": [(72, 1), (144, 3), (72, 2)], "fc1": [(136, 1), (144, 1)],
+                      "fc2": [(144, 4), (72, 2), (144, 3), (192, 4)]}[name]:  # fmt: skip
+        stages = min(8, fp8.SHARED_LIMIT // fp8._stage_bytes(nt), max(2, -(-k // 128 // split)))
+        plans.append(fp8.ProductPlan(nt, split, stages))
+    for each in dict.fromkeys(plans):
+
+        def call(w, each=each):
+            return fp8.fp8_product(x8, w, scale, bias=bias, gelu_scale=gelu, pdl=True, plan=each)
+
+        error = relative(call(w8[0]), expected)
+        again = all(torch.equal(call(w8[0]).view(torch.uint8), call(w8[0]).view(torch.uint8)) for _ in range(3))
+        mark = "*" if each == plan else ""
+        text = f"vision {name} wgmma {each.nt} / {each.split}, {each.stages} stages{mark}{'' if again else ' DIFFERS'}"
+        note(text, f"{rows}x{n}x{k}", chain(*(lambda w=w, c=call: c(w) for w in w8)), error)
+
+
+def own_attention(rows: int) -> None:
+    """vision_attention.cu against the library, in bf16 and FP8."""
+    stacked = [torch.randn(rows, 3 * 1152, device=DEVICE, dtype=BF16) * 1.5 for _ in range(4)]
+    expected = torch.empty(rows, 1152, device=DEVICE)
+    views = rows // 256
+    q, k, v = (t.transpose(1, 2).float() for t in stacked[0].view(views, 256, 3, 16, 72).unbind(2))
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, 1152)
+    for name, call, scale in (
+        ("library", vision.vision_attention_reference, None),
+        ("wgmma", vision.vision_attention, None),
+        ("wgmma, FP8 out", vision.vision_attention, 0.02),
+    ):
+        out = torch.full((rows, 1152), float("nan"), device=DEVICE).to(BF16 if scale is None else FP8)
+        options = {"pdl": True} if call is vision.vision_attention else {}
+        call(stacked[0], 16, 256, out, scale, **options)
+        error = relative(out.float() * (scale or 1.0), expected)
+        calls = [lambda s=s, c=call, o=out, f=scale, p=options: c(s, 16, 256, o, f, **p) for s in stacked]
+        note(f"vision attention {name}", f"{views}x16x256x72", chain(*calls), error)
+
+
 def prefix_product(m: int, name: str, n: int, k: int) -> None:
     """One FP8 product, three layers' weights in turn."""
     one = torch.ones((), device=DEVICE)
@@ -170,10 +221,13 @@ def prefix_product(m: int, name: str, n: int, k: int) -> None:
     note(f"prefix {name} FP8", f"{m}x{n}x{k}", chain(*(lambda w=w: eight(w) for w in w8)))
 
 
-def vision(rows: int) -> None:
+def vision_layer(rows: int) -> None:
     """The four products of a vision layer in bf16 and FP8, GELU with FP8 output, the norm."""
     for name, n, k in (("qkv", 3456, 1152), ("out", 1152, 1152), ("fc1", 4304, 1152), ("fc2", 1152, 4304)):
-        guarded(vision_product, rows, name, n, k)
+        if not ONLY_OWN:
+            guarded(vision_product, rows, name, n, k)
+        guarded(own_product, rows, name, n, k)
+    guarded(own_attention, rows)
     y = torch.randn(rows, 4304, device=DEVICE, dtype=BF16)
     out = torch.empty(y.shape, device=DEVICE, dtype=FP8)
     expected = torch.empty_like(out)
@@ -215,6 +269,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--parts", default="attention,geglu,vision,prefix")
+    parser.add_argument("--only-own", action="store_true", help="leave the library's and Triton's out")
     args = parser.parse_args()
     torch.manual_seed(0)
     parts = args.parts.split(",")
@@ -223,7 +278,11 @@ def main() -> int:
             if "attention" in parts:
                 guarded(check_attention, rows, capacity)
                 guarded(time_attention, rows, capacity)
-            for name, call, size in (("geglu", geglu, rows), ("vision", vision, patches), ("prefix", prefix, rows)):
+            for name, call, size in (
+                ("geglu", geglu, rows),
+                ("vision", vision_layer, patches),
+                ("prefix", prefix, rows),
+            ):
                 if name in parts:
                     guarded(call, size)
     if args.out and ROWS:

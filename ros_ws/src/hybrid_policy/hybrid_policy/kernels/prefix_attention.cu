@@ -188,42 +188,55 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
     return c;
 }
 
-// A token's rows from the cluster's parts: one warp, eight columns a lane and row.
+__device__ __forceinline__ float2 load_remote2(u32 address) {
+    float2 v;
+    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
+    return v;
+}
+
+// A token's rows from the cluster's parts: one warp, eight columns a lane and row. A rank's loads are all under way
+// before the first is used.
 __device__ __forceinline__ void finish_token(const Arguments& a, u32 shared, int token, int tile) {
     int lane = threadIdx.x % 32;
     long long row = (long long)tile * TILE_ROWS + token * GROUP;
+    // lane 8 c + h: what rank c's part of row h counts for
+    float2 stat = make_float2(MINUS_INFINITY, 0.0f);
+    if (lane / 8 < CLUSTER && lane % 8 < GROUP)
+        stat = load_remote2(of_rank(shared + STATS_AT + (token * GROUP + lane % 8) * 8, lane / 8));
+    float best = fmaxf(stat.x, __shfl_xor_sync(0xffffffffu, stat.x, 8));
+    best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 16));
+    float factor = exp2_of((stat.x - best) * a.scale_log2), weight = factor * stat.y;
+    weight += __shfl_xor_sync(0xffffffffu, weight, 8);
+    weight += __shfl_xor_sync(0xffffffffu, weight, 16);
+    factor = __fdividef(factor, weight);
     float result[GROUP][8];
-    float largest = 0.0f;
 #pragma unroll
-    for (int h = 0; h < GROUP; h++) {
-        int r = token * GROUP + h;
-        float top[CLUSTER], best = MINUS_INFINITY, weight = 0.0f;
+    for (int c = 0; c < CLUSTER; c++) {
+        float4 part[GROUP][2];
+        u32 from = of_rank(shared + (token * GROUP * PART_STRIDE + lane * 4) * 4, c);
 #pragma unroll
-        for (int c = 0; c < CLUSTER; c++) {
-            top[c] = load_remote(of_rank(shared + STATS_AT + r * 8, c));
-            best = fmaxf(best, top[c]);
+        for (int h = 0; h < GROUP; h++) {
+            part[h][0] = load_remote4(from + h * PART_STRIDE * 4);
+            part[h][1] = load_remote4(from + h * PART_STRIDE * 4 + 512);
         }
 #pragma unroll
-        for (int i = 0; i < 8; i++) result[h][i] = 0.0f;
+        for (int h = 0; h < GROUP; h++) {
+            float f = __shfl_sync(0xffffffffu, factor, 8 * c + h);
 #pragma unroll
-        for (int c = 0; c < CLUSTER; c++) {
-            float factor = exp2_of((top[c] - best) * a.scale_log2);
-            weight += factor * load_remote(of_rank(shared + STATS_AT + r * 8 + 4, c));
-            u32 part = of_rank(shared + (r * PART_STRIDE + lane * 4) * 4, c);
-            float4 low = load_remote4(part), high = load_remote4(part + 512);
-            result[h][0] += factor * low.x, result[h][1] += factor * low.y;
-            result[h][2] += factor * low.z, result[h][3] += factor * low.w;
-            result[h][4] += factor * high.x, result[h][5] += factor * high.y;
-            result[h][6] += factor * high.z, result[h][7] += factor * high.w;
-        }
-        float inverse = __fdividef(1.0f, weight);
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            result[h][i] *= inverse;
-            largest = max_or_nan(largest, fabsf(result[h][i]));
+            for (int i = 0; i < 2; i++) {
+                float* r = result[h] + 4 * i;
+                float4 v = part[h][i];
+                if (c == 0) r[0] = f * v.x, r[1] = f * v.y, r[2] = f * v.z, r[3] = f * v.w;
+                else r[0] += f * v.x, r[1] += f * v.y, r[2] += f * v.z, r[3] += f * v.w;
+            }
         }
     }
 #if QUANTISE
+    float largest = 0.0f;
+#pragma unroll
+    for (int h = 0; h < GROUP; h++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) largest = max_or_nan(largest, fabsf(result[h][i]));
 #pragma unroll
     for (int i = 16; i > 0; i /= 2) largest = max_or_nan(largest, __shfl_xor_sync(0xffffffffu, largest, i));
     // far below anything that counts, and its inverse is finite

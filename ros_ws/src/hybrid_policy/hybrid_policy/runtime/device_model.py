@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hybrid_policy.kernels.expert import ExpertAttention
 from hybrid_policy.kernels.flow_step import Guide
+from hybrid_policy.kernels.fp8_product import fp8_product
 from hybrid_policy.kernels.gate_up import NormPrologue, PackedGateUp
 from hybrid_policy.kernels.prefix_attention import PrefixAttention
 from hybrid_policy.kernels.prefix_inputs import padded_patch
@@ -98,13 +99,26 @@ class DeviceModel:
         addend = F.linear(self.patches, w.patch)
         for layer in w.vision:
             h = self._layer_normed(layer.norm1, layer.qkv.input_dtype, addend, bias)
-            heads = layer.qkv(h).view(self.views, -1, 3, config.heads, config.head_dim)
-            q, k, v = (part.transpose(1, 2) for part in heads.unbind(2))
-            seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-            addend, bias = layer.out(seen), layer.out_bias
+            qkv = self._vision_product(layer.qkv, h)
+            seen = torch.empty(x.shape, dtype=layer.out.input_dtype, device=self.device)
+            self._glue["vision_attention"](qkv, config.heads, self.config.image_tokens, seen, layer.seen_scale)
+            addend, bias = self._vision_product(layer.out, seen), layer.out_bias
             h = self._layer_normed(layer.norm2, layer.fc1.input_dtype, addend, bias)
-            addend, bias = layer.fc2(self._gelu(h, layer)), layer.fc2_bias
+            addend, bias = self._vision_product(layer.fc2, self._gelu(h, layer)), layer.fc2_bias
         w.projector(self._layer_normed(w.post_norm, w.dtype, addend, bias), out=self.features)
+
+    def _vision_product(self, product: Projection, x: Tensor, gelu_scale: float | None = None) -> Tensor:
+        """The product, with its bias where it has one; with ``gelu_scale`` its GELU in FP8."""
+        whole = product.whole()
+        if self.table.vision_product == "hopper" and whole is not None:
+            weight, factor = whole
+            return fp8_product(x, weight, factor, bias=product.bias, gelu_scale=gelu_scale, pdl=self.table.pdl)
+        y = product(x)
+        if gelu_scale is None:
+            return y
+        act = torch.empty(y.shape, dtype=torch.float8_e4m3fn, device=self.device)
+        self._glue["gelu_quantise"](y, act, gelu_scale)
+        return act
 
     def _layer_normed(
         self, norm: tuple[Tensor, Tensor], dtype: torch.dtype, addend: Tensor, bias: Tensor | None
@@ -118,10 +132,7 @@ class DeviceModel:
         """gelu(fc1 h) in the form that fc2 takes."""
         if layer.fc2.input_scale is None:
             return layer.fc1.gelu(h)
-        y = layer.fc1(h)
-        act = torch.empty(y.shape, dtype=torch.float8_e4m3fn, device=self.device)
-        self._glue["gelu_quantise"](y, act, layer.fc2.input_scale)
-        return act
+        return self._vision_product(layer.fc1, h, layer.fc2.input_scale)
 
     # ---- prefix ------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hybrid_policy.kernels import expert as expert_kernels
 from hybrid_policy.kernels.flow_step import FlowWeights
-from hybrid_policy.kernels.fp8 import FP8Tensor, dequantize
+from hybrid_policy.kernels.fp8 import FP8Tensor
 from hybrid_policy.kernels.gate_up import PackedGateUp, prepare_gate_up
 from hybrid_policy.kernels.linear import PackedLinear, prepare
 from hybrid_policy.kernels.nvfp4 import NVFP4Tensor
@@ -21,7 +21,7 @@ from hybrid_policy.models.config import GemmaConfig, Pi05Config
 from hybrid_policy.models.flow import step_times, time_embedding
 from hybrid_policy.models.pi05 import EXPERT, PREFIX, PROJECTOR, VISION
 from hybrid_policy.runtime.projection import Projection
-from hybrid_policy.runtime.sites import Packed, pack_sites
+from hybrid_policy.runtime.sites import Packed, dense, pack_sites
 from hybrid_policy.runtime.static_scales import folded, norm_output_scale, product_scale
 
 #: parameter name -> tensor on the device; float32 where exactness is cheap, else the model's dtype
@@ -32,7 +32,10 @@ Report = Callable[[str], None]
 
 @dataclass
 class VisionLayer:
-    """One SigLIP layer. Norms come folded with the input scale of the FP8 product behind them."""
+    """One SigLIP layer. Norms come folded with the input scale of the FP8 product behind them.
+
+    seen_scale: of the attention's output where ``out`` is FP8.
+    """
 
     norm1: tuple[Tensor, Tensor]
     qkv: Projection
@@ -42,6 +45,7 @@ class VisionLayer:
     fc1: Projection
     fc2: Projection
     fc2_bias: Tensor
+    seen_scale: float | None = None
 
 
 @dataclass
@@ -240,21 +244,26 @@ def _vision_layer(packer: _Packer, source: Source, stem: str) -> VisionLayer:
     heads = [attention + leaf for leaf in ("q_proj", "k_proj", "v_proj")]
     norm1, norm2 = _layer_norm(source, stem + "layer_norm1"), _layer_norm(source, stem + "layer_norm2")
     qkv, fc1, fc2 = packer.many(*heads), packer.one(mlp + "fc1"), packer.one(mlp + "fc2")
+    out = packer.one(attention + "out_proj")
     fc1_bias = source(mlp + "fc1.bias")
     scale1 = norm_output_scale(*norm1) if isinstance(qkv[0], FP8Tensor) else None
     scale2, scale3 = None, None
     if isinstance(fc1, FP8Tensor):
         scale2 = norm_output_scale(*norm2)
-        scale3 = product_scale(dequantize(fc1), fc1_bias.float(), *norm2)
+        scale3 = product_scale(dense(fc1), fc1_bias.float(), *norm2)
+    seen = None
+    if isinstance(out, FP8Tensor):  # what attention gives lies between the values' extremes
+        seen = product_scale(dense(qkv[2]), source(heads[2] + ".bias").float(), *norm1)
     layer = VisionLayer(
         norm1=norm1 if scale1 is None else folded(norm1, scale1),
         qkv=Projection(qkv, packer.dtype, torch.cat([source(s + ".bias") for s in heads]), input_scale=scale1),
-        out=Projection([packer.one(attention + "out_proj")], packer.dtype),
+        out=Projection([out], packer.dtype, input_scale=seen),
         out_bias=source(attention + "out_proj.bias").float(),
         norm2=norm2 if scale2 is None else folded(norm2, scale2),
         fc1=Projection([fc1], packer.dtype, fc1_bias, input_scale=scale2),
         fc2=Projection([fc2], packer.dtype, input_scale=scale3),
         fc2_bias=source(mlp + "fc2.bias").float(),
+        seen_scale=seen,
     )
     for name, product in (("qkv", layer.qkv), ("out", layer.out), ("fc1", layer.fc1), ("fc2", layer.fc2)):
         packer.note(f"vision.{name}", product.route)

@@ -12,7 +12,7 @@ from torch import nn
 
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import expert as expert_kernels
-from hybrid_policy.kernels import prefix_attention
+from hybrid_policy.kernels import fp8_product, prefix_attention, vision_attention
 from hybrid_policy.models.checkpoint import Checkpoint
 from hybrid_policy.models.config import Pi05Config
 from hybrid_policy.models.pi05 import EXPERT, keeps_float32
@@ -130,8 +130,8 @@ def device_precisions(recipe: Recipe, sites: dict[str, tuple[int, int]], device:
     """`Recipe.assign`, and what this device cannot serve refused by name.
 
     Raises:
-        InputError: float32 sites, W4A4 before Blackwell, a vision site in another precision than bf16 or FP8, its
-            output projections and the projector in another than bf16, attention projections in NVFP4.
+        InputError: float32 sites, W4A4 before Blackwell, a vision site in another precision than bf16 or FP8, the
+            projector in another than bf16, fc1 and fc2 apart, attention projections in NVFP4.
     """
     precisions = recipe.assign(sites)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
@@ -158,10 +158,16 @@ def device_precisions(recipe: Recipe, sites: dict[str, tuple[int, int]], device:
     return precisions
 
 
+def vision_shapes(config: Pi05Config) -> list[tuple[int, int]]:
+    """(out_features, in_features) of a vision layer's products."""
+    width, mlp = config.vision.width, config.vision.mlp_dim
+    return [(3 * width, width), (width, width), (mlp, width), (width, mlp)]
+
+
 def _vision_problem(site: str, precision: str, precisions: dict[str, str]) -> str:
     """What a site of vision would have to be instead of ``precision``; empty where that is served."""
-    if precision != "fp8_w8a8" or site.endswith("out_proj") or "projector" in site:
-        return "bf16: no kernel serves vision in it (FP8 is for qkv, fc1 and fc2)"
+    if precision != "fp8_w8a8" or "projector" in site:
+        return "bf16: no kernel serves vision in it (FP8 is for the layers' projections)"
     for one, other in ((".fc1", ".fc2"), (".fc2", ".fc1")):
         sibling = site.removesuffix(one) + other
         if site.endswith(one) and precisions.get(sibling, precision) != precision:
@@ -192,6 +198,10 @@ def choose_table(
         capability, prefix.heads, prefix.kv_heads, prefix.head_dim, cache
     ):
         table = dataclasses.replace(table, prefix_attention="kernel")
+    if not vision_attention.fits(capability, config.image_tokens, config.vision.head_dim):
+        table = dataclasses.replace(table, vision_attention="reference")
+    if not all(fp8_product.fits(capability, n, k) for n, k in vision_shapes(config)):
+        table = dataclasses.replace(table, vision_product="library")
     if rtc.mode == "prefix":
         return dataclasses.replace(table, expert="split")
     if table.expert != "cluster" or "expert=" in text:

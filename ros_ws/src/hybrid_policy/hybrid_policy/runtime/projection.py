@@ -58,6 +58,7 @@ class Projection:
             scaled = [w for w in weights if isinstance(w, FP8Tensor)]
             self._weight, self._scale, self._column_scale = _stack_fp8(scaled)
             self.route = "cuBLAS FP8"
+            self._factor = float(self._scale) * (input_scale or 1.0)
         else:
             self._weight = torch.cat([w.to(dtype) for w in weights if isinstance(w, Tensor)]).contiguous()
         self._dtype = dtype
@@ -86,6 +87,13 @@ class Projection:
             return y
         y = y * self._column_scale
         return y if self.bias is None else y + self.bias
+
+    def whole(self) -> tuple[Tensor, float] | None:
+        """FP8 values [N, K] and the one factor that makes ``x W.T`` y; None unless ``input_scale`` was given and one
+        scale holds for all columns."""
+        if self.input_scale is None or self._column_scale is not None:
+            return None
+        return self._weight, self._factor
 
     def gelu(self, x: Tensor) -> Tensor:
         """gelu_tanh(x W.T + bias), bf16 sites only; on a GPU in the product's own epilogue."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels import attention, flow_step, norm, prefix_attention, prefix_inputs, qkv
+from hybrid_policy.kernels import attention, flow_step, norm, prefix_attention, prefix_inputs, qkv, vision_attention
 
 Implementation = Literal["reference", "kernel"]
 
@@ -20,16 +20,18 @@ GLUE: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
     "geglu": (norm.geglu_reference, norm.geglu),
     "quantise_rows": (norm.quantise_rows_reference, norm.quantise_rows),
     "gelu_quantise": (norm.gelu_quantise_reference, norm.gelu_quantise),
+    "vision_attention": (vision_attention.vision_attention_reference, vision_attention.vision_attention),
     "cut_patches": (prefix_inputs.cut_patches_reference, prefix_inputs.cut_patches),
     "gather_rows": (prefix_inputs.gather_rows_reference, prefix_inputs.gather_rows),
     "rope_split": (qkv.rope_split_reference, qkv.rope_split),
     "flow_step": (flow_step.flow_step_reference, flow_step.flow_step),
 }
-STAGES = (*GLUE, "attention", "prefix_attention", "expert")
+STAGES = (*GLUE, "attention", "prefix_attention", "vision_product", "expert")
 #: what the stages that are no glue may be
 _CHOICES = {
     "expert": ("cluster", "fused", "split"),
     "prefix_attention": ("hopper", "kernel", "reference"),
+    "vision_product": ("hopper", "library"),
     "pdl": ("on", "off"),
 }
 
@@ -38,6 +40,7 @@ _CHOICES = {
 class StageTable:
     """stage -> implementation. ``expert`` is ``cluster`` (kernels/expert.py), ``fused`` (Triton) or
     ``split`` (norm, GEMM, glue). ``prefix_attention`` is ``hopper`` (kernels/prefix_attention.py), or as ``attention``.
+    ``vision_product``: vision's FP8 products by ``hopper`` (kernels/fp8_product.py) or the library.
 
     pdl: kernels may start before their predecessor ends (programmatic dependent launch).
     """
@@ -46,12 +49,14 @@ class StageTable:
     geglu: Implementation = "kernel"
     quantise_rows: Implementation = "kernel"
     gelu_quantise: Implementation = "kernel"
+    vision_attention: Implementation = "kernel"
     cut_patches: Implementation = "kernel"
     gather_rows: Implementation = "kernel"
     rope_split: Implementation = "kernel"
     flow_step: Implementation = "kernel"
     attention: Implementation = "kernel"
     prefix_attention: Literal["hopper", "kernel", "reference"] = "hopper"
+    vision_product: Literal["hopper", "library"] = "hopper"
     expert: Literal["cluster", "fused", "split"] = "cluster"
     pdl: bool = True
 
@@ -97,7 +102,8 @@ class StageTable:
 
 def plain_table() -> StageTable:
     """Everything in plain PyTorch around library GEMMs: what the kernels are compared with."""
-    return StageTable(**dict.fromkeys((*GLUE, "attention", "prefix_attention"), "reference"), expert="split", pdl=False)  # type: ignore[arg-type]
+    plain: dict[str, Any] = dict.fromkeys((*GLUE, "attention", "prefix_attention"), "reference")
+    return StageTable(**plain, vision_product="library", expert="split", pdl=False)
 
 
 def parse_table(text: str) -> StageTable:

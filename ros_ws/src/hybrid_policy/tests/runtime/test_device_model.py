@@ -72,12 +72,15 @@ def test_fewer_rows_give_the_same(monkeypatch):
     np.testing.assert_allclose(run(model, inputs_of(model, inputs, noise), rows)[:, :7], actions, atol=1e-4)
 
 
-def test_fp8_launches_agree_with_the_fp8_sites():
+@pytest.mark.parametrize("vision", ["bf16", "fp8_w8a8"])
+def test_fp8_launches_agree_with_the_fp8_sites(vision, tmp_path):
     from hybrid_policy.runtime.engine import Engine
 
     inputs, noise, _ = golden_case(0)
-    model = build("fp8")
-    expected, _ = Engine.from_checkpoint(GOLDEN, "fp8", "cpu").run(inputs, noise)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"include: fp8\nsites: {{'*vision_tower*': {vision}}}\n")
+    model = build(recipe)
+    expected, _ = Engine.from_checkpoint(GOLDEN, recipe, "cpu").run(inputs, noise)
     result = run(model, inputs_of(model, inputs, noise))
     error = np.linalg.norm(result - expected) / np.linalg.norm(expected)
     assert error < 2e-2  # the same arithmetic; roundings of activations fall differently

@@ -60,7 +60,8 @@ def test_outer_dimensions_that_fp8_does_not_take():
     ("pattern", "precision", "expected"),
     [
         ("*", "float32", "float32 is the CPU's reference"),
-        ("*vision_tower*", "fp8_w8a8", "no kernel serves vision"),
+        ("*projector*", "fp8_w8a8", "no kernel serves vision"),
+        ("*vision_tower*fc1", "fp8_w8a8", "the precision of .*fc2, bf16"),
         ("*gemma_expert*self_attn*", "nvfp4_w4a16", "bf16 or fp8_w8a8 for attention"),
         ("*gemma_expert*mlp*", "nvfp4_w4a4", "needs Blackwell"),
     ],

@@ -1,0 +1,157 @@
+"""Products of a few hundred rows in FP8 on Hopper: host side of fp8_product.cu."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hybrid_policy.errors import InputError
+from hybrid_policy.kernels.nvrtc import Kernel
+from hybrid_policy.kernels.tensor_map import tensor_map
+
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("wgmma_common.cu", "fp8_product.cu"))
+THREADS = 288
+ROWS = 128
+#: shared memory of a block on compute capability 9.0, less what barriers and alignment take
+SHARED_LIMIT = 227 * 1024 - 1024 - 256
+_ALIGN = 1024
+
+
+@dataclass(frozen=True)
+class ProductPlan:
+    """Columns of a tile, blocks of a cluster that cut K, stages of 128 values of K in flight."""
+
+    nt: int
+    split: int
+    stages: int
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory: the stages, or the partial sums that follow them in the same place."""
+        return max(self.stages * _stage_bytes(self.nt), ROWS * (self.nt + 4) * 4) + 1024
+
+
+def _stage_bytes(nt: int) -> int:
+    return ROWS * 128 + math.ceil(nt * 128 / _ALIGN) * _ALIGN
+
+
+def plan_product(m: int, n: int, k: int, processors: int = 132) -> ProductPlan:
+    """The tile that one wave of blocks is estimated to finish first.
+
+    A stage takes the longer of its bytes at 41 a clock and multiprocessor (what cuBLAS reaches out of an H100's L2)
+    and its products; the sums of a split meet at about 900 clocks, and 300 for each further rank.
+    """
+    chunks = math.ceil(k / 128)
+    best: tuple[float, int, int] | None = None
+    for split in (1, 2, 3, 4):
+        for nt in range(48, 209, 8):
+            blocks = math.ceil(m / ROWS) * math.ceil(n / nt) * split
+            waves = math.ceil(blocks / (processors * (1.0 if split <= 2 else 0.95)))
+            stage = max((ROWS + nt) * 128 / 41, 4 * nt)
+            clocks = waves * (math.ceil(chunks / split) * stage + 6 * nt) + (600 + 300 * split if split > 1 else 0)
+            if best is None or clocks < best[0]:
+                best = (clocks, nt, split)
+    assert best is not None
+    _, nt, split = best
+    stages = min(8, SHARED_LIMIT // _stage_bytes(nt), max(2, math.ceil(chunks / split)))
+    return ProductPlan(nt, split, stages)
+
+
+def product_source(nt: int) -> str:
+    """C++ of ``product``: the asynchronous 64 x ``nt`` x 32 product of two shared operands, E4M3.
+
+    The instruction names each of its nt / 2 accumulators, so its text depends on the width.
+    """
+    count = nt // 2
+    d = ", ".join(f"%{i}" for i in range(count))
+    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    instruction = f"wgmma.mma_async.sync.aligned.m64n{nt}k32.f32.e4m3.e4m3 {{{d}}}, %{count}, %{count + 1}, p, 1, 1;"
+    return (
+        f"__device__ __forceinline__ void product(float (&d)[{count}], unsigned long long a, unsigned long long b) {{\n"
+        f'asm volatile("{{\\n.reg .pred p;\\nsetp.eq.u32 p, 0, 0;\\n{instruction}\\n}}" : {outputs} '
+        ': "l"(a), "l"(b));\n}\n'
+    )
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_ubyte * 128),
+        ("w", ctypes.c_ubyte * 128),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        *((name, ctypes.c_int) for name in ("rows", "columns", "chunks")),
+        *((name, ctypes.c_float) for name in ("scale", "out_inverse")),
+        ("pad", ctypes.c_ubyte * 28),  # to a multiple of 64
+    ]
+
+
+def fits(capability: tuple[int, int], n: int, k: int) -> bool:
+    """Whether fp8_product.cu takes an [N, K] there: Hopper, whole 16-byte rows."""
+    return capability == (9, 0) and k % 16 == 0 and n % 8 == 0
+
+
+@functools.cache
+def _kernel(plan: ProductPlan, bias: bool, gelu: bool, pdl: bool, device: int) -> Kernel:
+    macros = {"NT": plan.nt, "STAGES": plan.stages, "SPLIT": plan.split, "BIAS": int(bias), "GELU": int(gelu)}
+    return Kernel(
+        SOURCES, "fp8_product", macros | {"PDL": int(pdl)}, threads=THREADS, shared=plan.shared, pdl=pdl,
+        specific=True, prelude=product_source(plan.nt),
+    )  # fmt: skip
+
+
+def fp8_product(
+    x: Tensor,
+    weight: Tensor,
+    scale: float,
+    *,
+    bias: Tensor | None = None,
+    gelu_scale: float | None = None,
+    pdl: bool = False,
+    plan: ProductPlan | None = None,
+) -> Tensor:
+    """x W.T * scale (+ bias) in bf16; or e4m3(gelu_tanh(that) / gelu_scale).
+
+    Args:
+        x: float8_e4m3fn [M, K], contiguous. weight: float8_e4m3fn [N, K], contiguous. bias: bf16 [N].
+        plan: instead of `plan_product`'s.
+
+    Returns:
+        [M, N], bf16, or float8_e4m3fn with ``gelu_scale``.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit.
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    eight = torch.float8_e4m3fn
+    if (
+        weight.shape[1] != k
+        or not x.dtype == weight.dtype == eight
+        or not (x.is_contiguous() and weight.is_contiguous())
+    ):
+        got = (tuple(x.shape), x.dtype, tuple(weight.shape), weight.dtype)
+        raise InputError.at("fp8_product", "x, weight", got, "contiguous float8_e4m3fn [M, K] and [N, K]")
+    if bias is not None and (bias.shape != (n,) or bias.dtype != torch.bfloat16):
+        raise InputError.at("fp8_product", "bias", (tuple(bias.shape), bias.dtype), f"bf16 [{n}]")
+    plan = plan or plan_product(m, n, k, _processors(x.device.index))
+    out = torch.empty(m, n, dtype=torch.bfloat16 if gelu_scale is None else eight, device=x.device)
+    arguments = _Arguments(
+        bias=bias.data_ptr() if bias is not None else None, out=out.data_ptr(), rows=m, columns=n,
+        chunks=math.ceil(k / 128), scale=scale, out_inverse=1.0 / gelu_scale if gelu_scale is not None else 1.0,
+    )  # fmt: skip
+    ctypes.memmove(arguments.x, tensor_map(x, ROWS), 128)
+    ctypes.memmove(arguments.w, tensor_map(weight, plan.nt), 128)
+    tiles = math.ceil(m / ROWS) * math.ceil(n / plan.nt)
+    kernel = _kernel(plan, bias is not None, gelu_scale is not None, pdl, torch.cuda.current_device())
+    kernel((tiles * plan.split, 1), arguments)
+    return out
+
+
+@functools.cache
+def _processors(device: int | None) -> int:
+    return int(torch.cuda.get_device_properties(device or 0).multi_processor_count)
