@@ -28,6 +28,7 @@ from hybrid_policy.evaluation.node_parameters import NodeParameters
 from hybrid_policy.evaluation.own_joints import by_own_names, sketch
 from hybrid_policy.evaluation.policy_pass import PolicyPass, fit_robot
 from hybrid_policy.evaluation.predictions import write_predictions
+from hybrid_policy.evaluation.progress import Laps
 from hybrid_policy.evaluation.replay import Replay
 from hybrid_policy.evaluation.replay_record import RecipeRun, ReplayedChunk, ReplaySettings
 from hybrid_policy.evaluation.report import robot_facts
@@ -104,7 +105,7 @@ def run_job(job: BagJob, tell: Tell = lambda _fraction, _text: None) -> dict[str
             {},
         )
     result = {"name": job.name, "bag": str(job.bag), **result, "fingerprint": mark}
-    result.setdefault("measured", {})["wall_seconds"] = time.perf_counter() - began
+    result.setdefault("measured", {})["wall_seconds"] = time.perf_counter() - began  # all but the pictures
     with (job.folder / SERIES).open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **series)
     partial = job.folder / (RESULT + ".part")
@@ -135,12 +136,14 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 def _replay(job: BagJob, tell: Tell) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     robot = RobotFile.load(job.robot)
     source = open_bag(job.bag, job.backend)
+    laps = Laps()
     try:
         tell(0.0, "reading the bag")
         known = survey(source, robot, match_topics(robot, source.topics, job.remap, job.command_topic))
         robot = fit_robot(robot, known)
         result = _describe(known, robot, source)
         series = _input_series(known)
+        laps("reading")
         if job.recipes:
             _excuse_cameras(job, known)
         if known.lacks or not job.recipes:
@@ -148,7 +151,7 @@ def _replay(job: BagJob, tell: Tell) -> tuple[dict[str, Any], dict[str, NDArray[
             _own_joints(source, robot, known, result, series)
             return result, series
         recorded = metrics.Recorded(known, robot)
-        passes = _runs(job, known, robot, source, recorded, tell)
+        passes = _runs(job, known, robot, source, recorded, tell, laps)
         runs = [one.run_record for one in passes]
         result |= _measure(runs, robot, recorded)
         result["status"] = "replayed"
@@ -160,6 +163,8 @@ def _replay(job: BagJob, tell: Tell) -> tuple[dict[str, Any], dict[str, NDArray[
         series |= _run_series(runs, recorded)
         if job.predictions:
             write_predictions(job.folder / "predictions", runs, robot, recorded)
+        laps("figures")
+        result["measured"]["seconds"] = laps.spent
         return result, series
     finally:
         source.close()
@@ -208,7 +213,13 @@ def _own_joints(
 
 
 def _runs(
-    job: BagJob, known: Survey, robot: RobotFile, source: BagSource, recorded: metrics.Recorded, tell: Tell
+    job: BagJob,
+    known: Survey,
+    robot: RobotFile,
+    source: BagSource,
+    recorded: metrics.Recorded,
+    tell: Tell,
+    laps: Laps,
 ) -> list[PolicyPass]:
     runs: list[PolicyPass] = []
     length = min(known.seconds, job.settings.duration or known.seconds)
@@ -217,6 +228,7 @@ def _runs(
     for i, recipe in enumerate(job.recipes):
         tell(i / len(job.recipes), f"{recipe}: loading")
         policy = load_policy(job, recipe)
+        laps("loading")
         score = _difference(runs[0].run_record) if runs else recorded.score
         one: PolicyPass
         if log:
@@ -228,6 +240,7 @@ def _runs(
         for seconds in one.run(source):
             share = seconds / length if length else 1.0
             tell((i + min(share, 1.0)) / len(job.recipes), recipe)
+        laps("replaying")
         runs.append(one)
     return runs
 

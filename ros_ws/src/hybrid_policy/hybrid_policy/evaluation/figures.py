@@ -341,7 +341,7 @@ def _grid(
     figure, axes = _plots(rows, columns, size, sharex, width_ratios, layout=None)
     wide, high = size
     top = _LEGEND if rows > 1 else 0.0  # inches, here and below
-    left, right, above, below, between, under = 0.42, 0.08, 0.24 + top, 0.4, 0.46, 0.32
+    left, right, above, below, between, under = 0.5, 0.08, 0.24 + top, 0.4, 0.56, 0.32
     width = (wide - left - right - between * (columns - 1)) / columns
     height = (high - above - below - under * (rows - 1)) / rows
     figure.subplots_adjust(

@@ -49,6 +49,20 @@ def _bar(unit: str):  # type: ignore[no-untyped-def]
     )
 
 
+class Laps:
+    """Seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def __call__(self, what: str) -> None:
+        """All since the last call was spent on this."""
+        now = time.perf_counter()
+        self.spent[what] = self.spent.get(what, 0.0) + now - self._last
+        self._last = now
+
+
 class Bar:
     """A bar of a fraction, for work that reports how far it is; lines said stand above it, on stderr."""
 

@@ -158,7 +158,7 @@ def _jobs(args: argparse.Namespace, robot: Path, recipes: tuple[str, ...], setti
         raise InputError(f"--follow-log: {len(bags)} bags given, expected the one of that run")
     remap = dict(_remap(given) for given in args.remap)
     names: dict[str, int] = {}
-    jobs = []
+    jobs: list[BagJob] = []
     for bag in bags:
         stem = bag.name.removesuffix("".join(bag.suffixes)) if bag.is_file() else bag.name
         names[stem] = names.get(stem, 0) + 1

@@ -63,7 +63,7 @@ FORM: dict[str, tuple[str, str]] = {
     "bags[].recipes.<recipe>.holds": ("integer", "times the robot would have been held, with hold_reasons"),
     "measured": (
         "object",
-        "what differs from run to run: latency (ms) by bag and recipe, wall time, versions",
+        "what differs from run to run: latency (ms) by bag and recipe, seconds spent and on what, versions",
     ),
 }
 
