@@ -109,17 +109,18 @@ def _add_norm_kernel(
         tl.store(x_ptr + row * width + col, x, mask=inside)
     if LAYER_NORM:
         x = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
-    result = x * tl.rsqrt(tl.sum(x * x, 0) / width + eps) * scale
+    squares = tl.sum(x * x, 0)
+    result = x * tl.rsqrt(squares / width + eps) * scale
     if HAS_SHIFT:
         result += shift
     if QUANTISE:
-        # NaN and Inf must not turn into numbers: they make the row's scale NaN or Inf.
+        # NaN and Inf must not turn into numbers: in the row they make its scale NaN, in a weight they stay.
         factor = tl.max(tl.abs(result), 0) / 448.0
-        factor = tl.where(factor == 0.0, 1.0, factor)
-        bad = tl.sum((result != result).to(tl.int32), 0) > 0  # noqa: PLR0124 (NaN)
-        factor = tl.where(bad, float("nan"), factor)
+        factor = tl.where(factor == 0.0, 1.0, tl.maximum(factor, 1e-30))  # the inverse is finite
+        factor = tl.where(squares < float("inf"), factor, float("nan"))
         tl.store(out_scale_ptr + row, factor)
-        result = tl.minimum(tl.maximum(result / factor, -448.0), 448.0)
+        scaled = result * (1.0 / factor)
+        result = tl.where(scaled == scaled, tl.minimum(tl.maximum(scaled, -448.0), 448.0), scaled)  # noqa: PLR0124
     tl.store(out_ptr + row * width + col, result.to(out_ptr.dtype.element_ty), mask=inside)
 
 

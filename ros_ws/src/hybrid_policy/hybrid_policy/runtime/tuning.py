@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels import expert
+from hybrid_policy.kernels import expert, fp8_product
+from hybrid_policy.kernels.fp8 import FP8Tensor
 from hybrid_policy.kernels.gate_up import prepare_gate_up
 from hybrid_policy.kernels.linear import prepare
-from hybrid_policy.kernels.norm import quantise_rows
+from hybrid_policy.kernels.norm import gelu_quantise, quantise_rows
 from hybrid_policy.kernels.qkv import rope_tables
 from hybrid_policy.models.config import Pi05Config
-from hybrid_policy.models.pi05 import EXPERT, PREFIX
+from hybrid_policy.models.pi05 import EXPERT, PREFIX, VISION
 from hybrid_policy.runtime.projection import Projection
 from hybrid_policy.runtime.sites import Packed, ReferenceSite, pack_sites
 
@@ -29,8 +30,10 @@ KINDS: dict[str, tuple[str, ...]] = {
     "self_attn.o": ("self_attn.o_proj",),
     "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down": ("mlp.down_proj",),
+    "self_attn.out": ("self_attn.out_proj",),
+    "mlp.fc": ("mlp.fc1", "mlp.fc2"),
 }
-_PARTS = {"prefix": PREFIX, "expert": EXPERT}
+_PARTS = {"vision": VISION + "encoder.", "prefix": PREFIX, "expert": EXPERT}
 #: layers whose weights are timed in turn, so that no weight stays in a cache
 _ROTATED = 6
 
@@ -41,7 +44,8 @@ Read = Callable[[str], Tensor]
 class Group:
     """Sites of one part that have one shape and share a launch in every layer.
 
-    rows: tokens that pass through. shape: (out_features, in_features) of the stacked launch.
+    rows: tokens that pass through. shape: (out_features, in_features) of the stacked launch; of fc1, where fc1 and fc2
+    are one group (the GELU between them is in the form that fc2 takes).
     calls: launches an inference. heads: query heads, key/value heads, head dimension.
     """
 
@@ -75,7 +79,7 @@ class Group:
         found = ["bf16"]
         if self.shape[1] % 16 == 0 and self.shape[0] % 16 == 0:
             found.append("fp8_w8a8")
-        if self.kind.startswith("mlp") and self.shape[1] % 16 == 0:
+        if self.part != "vision" and self.kind.startswith("mlp") and self.shape[1] % 16 == 0:
             found.append("nvfp4_w4a16")
             if capability is None or capability[0] >= 10:
                 found.append("nvfp4_w4a4")
@@ -83,8 +87,24 @@ class Group:
 
 
 def groups_of(config: Pi05Config, tokens: int) -> list[Group]:
-    """The eight groups of both Gemmas; vision stays bf16."""
-    found = []
+    """Vision's three groups and the four of each Gemma."""
+    vision = config.vision
+    found = [
+        Group(
+            "vision",
+            kind,
+            len(config.cameras) * config.image_tokens,
+            shape,
+            vision.depth,
+            vision.depth,
+            (vision.heads, vision.heads, vision.head_dim),
+        )
+        for kind, shape in (
+            ("self_attn.qkv", (3 * vision.width, vision.width)),
+            ("self_attn.out", (vision.width, vision.width)),
+            ("mlp.fc", (vision.mlp_dim, vision.width)),
+        )
+    ]
     prefix_rows = len(config.cameras) * config.image_tokens + tokens
     for part, gemma, rows, calls in (
         ("prefix", config.prefix, prefix_rows, 1),
@@ -171,8 +191,12 @@ def _call(group: Group, precision: str, layer: int, read: Read, device: torch.de
     x = torch.randn(group.rows, group.shape[1], device=device)
     if device.type == "cpu":
         modules = [ReferenceSite(weight, precision, None) for weight in packed]
-        return lambda: [module(x) for module in modules]
+        widths = [module.get_buffer("weight").shape[1] for module in modules]
+        inputs = [x if width == x.shape[1] else torch.randn(group.rows, width) for width in widths]
+        return lambda: [module(y) for module, y in zip(modules, inputs, strict=True)]
     x = x.to(torch.bfloat16)
+    if group.part == "vision":
+        return _vision_call(group, packed, x)
     if group.part == "expert" and _cluster_fits(group, packed[0], device):
         return _cluster_call(group, packed, x)
     if group.kind == "mlp.gate_up" and (group.part == "expert" or precision.startswith("nvfp4")):
@@ -188,6 +212,44 @@ def _call(group: Group, precision: str, layer: int, read: Read, device: torch.de
     quantised = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=device)
     quantise_rows(x, quantised, torch.empty(group.rows, device=device))
     return lambda: product(quantised)
+
+
+def _vision_call(group: Group, packed: Sequence[Packed], x: Tensor) -> Callable[[], object]:
+    """The launches of a vision layer's qkv, output, or fc1 and fc2, with made-up biases and scales."""
+    device, eight = x.device, isinstance(packed[0], FP8Tensor)
+    sites = [[w] for w in packed] if group.kind == "mlp.fc" else [packed]
+    scale = 1.0 if eight else None
+    products = [
+        Projection(
+            site,
+            torch.bfloat16,
+            None if i > 0 or group.kind == "self_attn.out" else torch.zeros(group.shape[0], device=device),
+            input_scale=scale,
+        )
+        for i, site in enumerate(sites)
+    ]
+    first = x.to(products[0].input_dtype)
+    hopper = eight and fp8_product.fits(torch.cuda.get_device_capability(device), *group.shape)
+
+    def product(i: int, y: Tensor, gelu_scale: float | None = None) -> Tensor:
+        whole = products[i].whole()
+        if hopper and whole is not None:
+            return fp8_product.fp8_product(y, *whole, bias=products[i].bias, gelu_scale=gelu_scale, pdl=True)
+        return products[i](y)
+
+    if group.kind != "mlp.fc":
+        return lambda: product(0, first)
+    if not eight:
+        return lambda: products[1](products[0].gelu(first))
+
+    def both() -> Tensor:
+        act = product(0, first, 1.0)
+        if not hopper:
+            y, act = act, torch.empty(act.shape, dtype=torch.float8_e4m3fn, device=device)
+            gelu_quantise(y, act, 1.0, pdl=True)
+        return product(1, act)
+
+    return both
 
 
 _EPILOGUES = {
@@ -253,7 +315,7 @@ class ActionProbe:
                 owner, _, leaf = site.rpartition(".")
                 parent, old = self._model.get_submodule(owner), self._model.get_submodule(site)
                 replaced.append((parent, leaf, old))
-                setattr(parent, leaf, ReferenceSite(weight, precision, None))
+                setattr(parent, leaf, ReferenceSite(weight, precision, getattr(old, "bias", None)))
         try:
             actions = self._run()
         finally:

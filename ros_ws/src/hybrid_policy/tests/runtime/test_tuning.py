@@ -13,7 +13,8 @@ from hybrid_policy.runtime.tuning import Measured, choose, groups_of
 
 def test_groups_of_the_full_model():
     groups = {g.name: g for g in groups_of(PI05_FULL.replace(cameras=("a", "b")), 48)}
-    assert len(groups) == 8
+    assert len(groups) == 11
+    assert groups["vision.mlp.fc"].candidates((9, 0)) == ["bf16", "fp8_w8a8"]
     assert groups["prefix.mlp.gate_up"].rows == 560
     assert groups["prefix.mlp.gate_up"].shape == (32768, 2048)
     assert groups["expert.self_attn.qkv"].shape == (2560, 1024)
@@ -91,7 +92,7 @@ def test_command_writes_a_recipe_that_fits(tmp_path, capsys):
     assert main(arguments) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["action_error"] <= 0.2
-    assert len(told["table"]) == 2 * (2 * 2 + 2 * 4)
+    assert len(told["table"]) == 3 * 2 + 2 * (2 * 2 + 2 * 4)
     recipe = load_recipe(out)
     assert set(recipe.assign(model_sites(config)).values()) <= {
         "bf16",
