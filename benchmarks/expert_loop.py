@@ -25,9 +25,9 @@ RECIPES = {
     "fp8": dict.fromkeys(STAGES, "e4m3"),
 }
 EVENTS = (
-    "q k v: activations there", "q k v: product", "q k v: exchange", "q k v: written", "attention", "o: activations there",
-    "o: product, pushed", "o: written", "gate up: activations there", "gate up: product", "gate up: exchange",
-    "gate up: written", "down: activations there", "down: product", "down: written",
+    "q k v: activations there", "q k v: product", "q k v: exchanged, posted", "", "attention", "o: activations there",
+    "o: product", "o: partial sums posted", "o: summed, posted", "gate up: activations there", "gate up: product",
+    "gate up: exchanged, posted", "", "down: activations there", "down: product, posted",
 )  # fmt: skip
 
 
@@ -137,8 +137,10 @@ def clocks_table(loop) -> None:
         for i, event in enumerate(EVENTS):
             part = steps[blocks, :, i].flatten()
             part = part[(part > 0) & (part < 1e6)]
-            if len(part):
+            if len(part) and event:
                 print(f"    {event:28s} {part.median().item():8.0f} ({part.quantile(0.9).item():.0f})")
+        part = ((clocks[blocks, 1:, 0] - clocks[blocks, :-1, 15]) / 1.755).flatten()
+        print(f"    {'down: summed, posted':28s} {part.median().item():8.0f} ({part.quantile(0.9).item():.0f})")
         whole = (clocks[blocks, 1:, 0] - clocks[blocks, :-1, 0]) / 1.755
         print(f"    a layer {whole.median().item():.0f}")
 
@@ -147,17 +149,24 @@ def main() -> None:
     """Print, and write rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--trace", action="store_true", help="also where the time of a layer goes")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--quick", action="store_true", help="one check and one timing a recipe")
     arguments = parser.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__)
     rows = []
-    for name, formats in RECIPES.items():
+    for name in arguments.recipes:
+        formats = RECIPES[name]
         row = {"recipe": name}
         try:
             for case, options in (("2x48", {}), ("3x200", {"valid": 968, "capacity": 1018}), ("16 tokens", {"tokens": 16})):
+                if arguments.quick and case != "2x48":
+                    continue
                 row[f"error {case}"] = check(formats, **options)
                 print(f"{name} {case}: relative error {row[f'error {case}']:.2e}", flush=True)
             for case, valid in (("2x48", 560), ("3x200", 968)):
+                if arguments.quick and case != "2x48":
+                    continue
                 row[f"us a layer {case}"] = measure(formats, valid)[0]
                 print(f"{name} {case}: {row[f'us a layer {case}']:.2f} us a layer", flush=True)
             if arguments.trace:

@@ -116,7 +116,7 @@ __device__ __forceinline__ float exp2_of(float x) {
 // gelu_tanh(g) * u
 __device__ __forceinline__ float geglu(float g, float u) {
     float inner = 0.7978845608028654f * (g + 0.044715f * g * g * g);
-    return g / (1.0f + exp2_of(-2.8853900817779268f * inner)) * u;
+    return __fdividef(g, 1.0f + exp2_of(-2.8853900817779268f * inner)) * u;
 }
 
 // One k step of mma's A operand from a lane's 16 bytes of packed weights. STORED 0: bf16 (one step), 1: E4M3 (two),

@@ -45,7 +45,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
     const int chunk_start = p.valid[0];
 
     // the residual stream: four columns of one token, for the life of the launch
-    const int own_token = at.part * 8 + 2 * at.t + at.odd, own_column = at.tile * 64 + row_tile * 16 + at.g / 2 * 4;
+    const int own_in_tile = 2 * at.t + at.odd, own_token = at.part * 8 + own_in_tile, own_column = at.tile * 64 + row_tile * 16 + at.g / 2 * 4;
     float* const h_at = p.h + (size_t)own_token * WIDTH + own_column;
     const bool holds = owns && at.group == 0;
     float4 h = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -61,153 +61,137 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
     for (int layer = 0; layer < p.layers; layer++) {
         const float* const vectors = p.vectors + (size_t)layer * V_LAYER;
         const float* const row_scale = p.row_scale + (size_t)layer * R_LAYER;
-        const u16* const keys = p.keys + (size_t)layer * p.capacity * HEAD_DIM;
-        const u16* const values = p.values + (size_t)layer * p.capacity * HEAD_DIM;
-        float d[4 * NT];
-        Squares sums;
-
-        MARK(0);
-        // ---- q, k, v
-        if (projects) {
-            const int row = at.pair * 64 + row_tile * 16 + at.g / 2 * 4, i = row % HEAD_DIM / 2, head = row / HEAD_DIM;
-            const float4 scale = float4_at(row_scale + R_QKV + row), shift = float4_at(vectors + V_QKV + row);
-            const int tile = at.warp / 4, tiles = low ? LOW_TILES : NT - LOW_TILES;
-            float4 turns[2];  // cosines and sines of two tokens
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const int token = ((low ? 0 : LOW_TILES) + tile + 2 * j) * 8 + 2 * at.t + at.odd;
-                turns[j] = make_float4(1.0f, 1.0f, 0.0f, 0.0f);
-                if (token < TOKENS && head < HEADS + 1) {
-                    const size_t place = (size_t)(chunk_start + token) * HALF + i;
-                    const float2 c = *reinterpret_cast<const float2*>(p.cosines + place);
-                    const float2 s = *reinterpret_cast<const float2*>(p.sines + place);
-                    turns[j] = make_float4(c.x, c.y, s.x, s.y);
+        const size_t cache = (size_t)layer * p.capacity * HEAD_DIM;
+        // One body for the four products: an instruction that is there once is fetched once (a layer written out four
+        // times over was 150 KB of code, more than the instruction cache, and took three times as long).
+#pragma unroll 1
+        for (int stage = QKV; stage <= DOWN; stage++) {
+            if (stage == QKV && !projects) {
+                if (attends) fetch_prefix(at, range, x, p.keys + cache);
+                continue;
+            }
+            if (stage == OUT) {
+                MARK(4);
+                if (attends) {
+                    fetch_prefix(at, range, pair_sums, p.values + cache);
+                    attend(at, range, memory, attention, mail, next, parcels, p.scale);
                 }
             }
-            const u32 part = x + at.group * (4 * MT * 128);
-            take_tokens<256, 128, WIDTH>(part, mail + M_IN1 + (at.part % 2 * 512 + at.group * 256) * 2, at.tid % 128);
-            group_barrier(at.group);
-            MARK(1);
-            sums.ask(at, mail + M_SQUARES1);
-            product<FORMAT_QKV, N_QKV>(d, ring, part, at.lane, policy);
-            MARK(2);
-            if (at.tid == 0) expect_bytes(pair_barrier, tiles * (4 * 4 * 512));
-            push_to_pair<4>(at, d, pair_sums, pair_barrier, at.part % 2 * 2 + at.group, row_tile);
-            sums.keep(at, mail + M_SQUARES1, squares);
-            __syncthreads();  // the activations are read
-            if (attends) fetch_prefix(at, range, x, keys);
-            wait_bytes(pair_barrier, pair_parity);
-            pair_parity ^= 1;
-            MARK(3);
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                if (tile + 2 * j >= tiles) continue;
-                const int token = ((low ? 0 : LOW_TILES) + tile + 2 * j) * 8 + 2 * at.t + at.odd;
-                const float4 v = four_rows(sum_of<4, 4 * 4 * 512>(pair_sums + (((tile + 2 * j) * 4 + row_tile) * 32 + at.lane) * 16), at.odd);
-                if (token >= TOKENS) continue;
-                const float root = root_of(squares, token, p.eps);
-                // rows come in pairs (i, i + HALF)
-                const float p0 = fmaf(v.x * root, scale.x, shift.x), q0 = fmaf(v.y * root, scale.y, shift.y);
-                const float p1 = fmaf(v.z * root, scale.z, shift.z), q1 = fmaf(v.w * root, scale.w, shift.w);
-                const float4 b = turns[j];
-                const int box = head < HEADS ? M_Q + (token * HEADS + head) * HEAD_DIM * 2 : (head == HEADS ? M_K : M_V) + token * HEAD_DIM * 2;
-                post(mail + box + i * 2, pack_bf16(p0 * b.x - q0 * b.z, p1 * b.y - q1 * b.w));
-                post(mail + box + (i + HALF) * 2, pack_bf16(q0 * b.x + p0 * b.z, q1 * b.y + p1 * b.w));
-                post(next + box + i * 2, EMPTY);
-                post(next + box + (i + HALF) * 2, EMPTY);
-            }
-            __syncthreads();  // the sums are read: values may take their place
-        } else if (attends) {
-            fetch_prefix(at, range, x, keys);
-        }
-        MARK(4);
-        // ---- attention
-        if (attends) {
-            fetch_prefix(at, range, pair_sums, values);
-            attend(at, range, memory, attention, mail, next, parcels, p.scale);
-        }
-        MARK(5);
-        // ---- output projection
-        {
-            const float4 scale = float4_at(row_scale + R_O + own_column), gate = float4_at(vectors + V_GATE1 + own_column);
-            const float4 factor = float4_at(vectors + V_FACTOR2 + own_column);
-            const u32 part = x + at.group * (2 * MT * 128);
-            take_tokens<128, 128, HEADS * HEAD_DIM>(part, mail + M_SEEN + (at.part * 256 + at.group * 128) * 2, at.tid % 128);
-            group_barrier(at.group);
-            MARK(6);
-            product<FORMAT_O, N_O>(d, ring, part, at.lane, policy);
-            post_to_owners(at, d, scratch, parcels + P_OUT);
-            MARK(7);
-            if (holds) {
-                const float4 v = four_rows(sum_of_parts(at, parcels + P_OUT), at.odd);
-                h.x = fmaf(v.x * scale.x, gate.x, h.x), h.y = fmaf(v.y * scale.y, gate.y, h.y);
-                h.z = fmaf(v.z * scale.z, gate.z, h.z), h.w = fmaf(v.w * scale.w, gate.w, h.w);
-                post_stream(at, h, factor, mail, next, M_IN2, M_SQUARES2, own_squares);
-            }
-        }
-        MARK(8);
-        // ---- gate, up
-        {
-            const int tile = at.warp, row = at.pair * 128 + tile * 16 + at.g / 2 * 4;
-            const float4 scale = float4_at(row_scale + R_GATE_UP + row), shift = float4_at(vectors + V_GATE_UP + row);
-            take_tokens<512, 256, WIDTH>(x, mail + M_IN2 + at.part % 2 * 512 * 2, at.tid);
-            __syncthreads();
-            MARK(9);
-            sums.ask(at, mail + M_SQUARES2);
-            product<FORMAT_GATE_UP, N_GATE_UP>(d, ring, x, at.lane, policy);
-            MARK(10);
+            MARK(stage == QKV ? 0 : 4 * stage + 1);
+            const bool in_pair = stage == QKV || stage == GATE_UP, last = layer + 1 == p.layers;
+            const int squares_at = stage == QKV ? M_SQUARES1 : M_SQUARES2;
+
+            // what the end of the stage wants from far away: asked for now
+            const int row = stage == QKV ? at.pair * 64 + row_tile * 16 + at.g / 2 * 4 : stage == GATE_UP ? at.pair * 128 + at.warp * 16 + at.g / 2 * 4 : own_column;
+            const float4 scale = float4_at(row_scale + (stage == QKV ? R_QKV : stage == OUT ? R_O : stage == GATE_UP ? R_GATE_UP : R_DOWN) + row);
+            // shift of the norm, or gate of the residual; then the next norm's factor
+            const float4 second = float4_at(vectors + (stage == QKV ? V_QKV : stage == OUT ? V_GATE1 : stage == GATE_UP ? V_GATE_UP : V_GATE2) + row);
+            float4 third[2];
+            if (!in_pair)
+                third[0] = float4_at(vectors + (stage == OUT ? V_FACTOR2 : last ? 0 : V_LAYER + V_FACTOR1) + own_column);
             const int tiles = low ? LOW_TILES : NT - LOW_TILES;
-            if (at.tid == 0) expect_bytes(pair_barrier, tiles * (2 * 8 * 512));
-            push_to_pair<8>(at, d, pair_sums, pair_barrier, at.part % 2, tile);
-            sums.keep(at, mail + M_SQUARES2, squares);
-            __syncthreads();
-            wait_bytes(pair_barrier, pair_parity);
-            pair_parity ^= 1;
-            MARK(11);
+            if (stage == QKV) {  // cosines and sines of two tokens
+                const int i = row % HEAD_DIM / 2;
 #pragma unroll
-            for (int n = 0; n < LOW_TILES; n++) {
-                if (n >= tiles) continue;
-                const int token = ((low ? 0 : LOW_TILES) + n) * 8 + 2 * at.t + at.odd;
-                const float4 v = four_rows(sum_of<2, 4 * 8 * 512>(pair_sums + ((n * 8 + tile) * 32 + at.lane) * 16), at.odd);
-                if (token >= TOKENS) continue;
-                const float root = root_of(squares, token, p.eps);
-                const float a = geglu(fmaf(v.x * root, scale.x, shift.x), fmaf(v.y * root, scale.y, shift.y));
-                const float b = geglu(fmaf(v.z * root, scale.z, shift.z), fmaf(v.w * root, scale.w, shift.w));
-                const int place = M_ACT + (token * FEATURES + row / 2) * 2;
-                post(mail + place, pack_bf16(a, b));
-                post(next + place, EMPTY);
+                for (int j = 0; j < 2; j++) {
+                    const int token = ((low ? 0 : LOW_TILES) + at.group + 2 * j) * 8 + own_in_tile;
+                    third[j] = make_float4(1.0f, 1.0f, 0.0f, 0.0f);
+                    if (token < TOKENS && row < (HEADS + 1) * HEAD_DIM) {
+                        const size_t place = (size_t)(chunk_start + token) * HALF + i;
+                        const float2 c = *reinterpret_cast<const float2*>(p.cosines + place);
+                        const float2 s = *reinterpret_cast<const float2*>(p.sines + place);
+                        third[j] = make_float4(c.x, c.y, s.x, s.y);
+                    }
+                }
             }
-        }
-        MARK(12);
-        // ---- down
-        {
-            const bool last = layer + 1 == p.layers;
-            const float4 scale = float4_at(row_scale + R_DOWN + own_column), gate = float4_at(vectors + V_GATE2 + own_column);
-            const float4 factor = float4_at(vectors + (last ? 0 : V_LAYER) + V_FACTOR1 + own_column);
-            const u32 part = x + at.group * (4 * MT * 128);
-            take_tokens<256, 128, FEATURES>(part, mail + M_ACT + (at.part * 512 + at.group * 256) * 2, at.tid % 128);
-            group_barrier(at.group);
-            MARK(13);
-            product<FORMAT_DOWN, N_DOWN>(d, ring, part, at.lane, policy);
-            MARK(14);
-            post_to_owners(at, d, scratch, parcels + P_DOWN);
-            asm volatile("fence.acq_rel.gpu;" ::: "memory");  // what this layer emptied is empty for everybody before
-            __syncthreads();                                  // the next layer's mail
-            u8* const sums_at = parcels + P_DOWN;
-            turn = turn == 2 ? 0 : turn + 1;
-            mail = next, parcels = p.parcels + turn * PARCELS;
-            next = p.mail + (turn == 2 ? 0 : turn + 1) * MAIL;
-            if (holds) {
-                const float4 v = four_rows(sum_of_parts(at, sums_at), at.odd);
-                h.x = fmaf(v.x * scale.x, gate.x, h.x), h.y = fmaf(v.y * scale.y, gate.y, h.y);
-                h.z = fmaf(v.z * scale.z, gate.z, h.z), h.w = fmaf(v.w * scale.w, gate.w, h.w);
-                if (!last)
-                    post_stream(at, h, factor, mail, next, M_IN1, M_SQUARES1, own_squares);
-                else if (own_token < TOKENS)
-                    *reinterpret_cast<float4*>(h_at) = h;
+
+            // activations: 256 columns a warpgroup (128 for the output projection); a pair's blocks have halves of K
+            const int input = stage == QKV ? M_IN1 : stage == OUT ? M_SEEN : stage == GATE_UP ? M_IN2 : M_ACT;
+            const int shift = stage == OUT ? 4 : 5, width = stage == OUT ? HEADS * HEAD_DIM : stage == DOWN ? FEATURES : WIDTH;
+            const int part = in_pair ? at.part % 2 : at.part;
+            const u32 mine = x + (at.group << shift) / 8 * (MT * 128);
+            take_tokens(mine, mail + input + ((part * 2 + at.group) << shift) * 16, at.tid % 128, shift, width * 2);
+            if (stage == GATE_UP) __syncthreads(); else group_barrier(at.group);
+            MARK(stage == QKV ? 1 : 4 * stage + 2);
+            Squares sums;
+            if (in_pair) sums.ask(at, mail + squares_at);
+            float d[4 * NT];
+            const int format = stage == QKV ? FORMAT_QKV : stage == OUT ? FORMAT_O : stage == GATE_UP ? FORMAT_GATE_UP : FORMAT_DOWN;
+            const int pieces = stage == QKV ? N_QKV : stage == OUT ? N_O : stage == GATE_UP ? N_GATE_UP : N_DOWN;
+            const u32 operand = stage == GATE_UP ? x : mine;  // there both warpgroups take all columns of the block
+            if (HAS_FORMAT(0) && format == 0) product<0>(d, ring, operand, pieces, at.lane, policy);
+            if (HAS_FORMAT(1) && format == 1) product<1>(d, ring, operand, pieces, at.lane, policy);
+            if (HAS_FORMAT(2) && format == 2) product<2>(d, ring, operand, pieces, at.lane, policy);
+            MARK(stage == QKV ? 2 : 4 * stage + 3);
+
+            if (in_pair) {
+                const int row_tiles = stage == QKV ? 4 : 8;
+                if (at.tid == 0) expect_bytes(pair_barrier, tiles * 8192);
+                push_to_pair(at, d, pair_sums, pair_barrier, stage == QKV ? part * 2 + at.group : part, stage == QKV ? row_tile : at.warp, row_tiles);
+                sums.keep(at, mail + squares_at, squares);
+                __syncthreads();  // the activations are read
+                if (stage == QKV && attends) fetch_prefix(at, range, x, p.keys + cache);
+                wait_bytes(pair_barrier, pair_parity);
+                pair_parity ^= 1;
             }
+            if (stage == QKV) {
+                const int i = row % HEAD_DIM / 2, head = row / HEAD_DIM;
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    const int tile = at.group + 2 * j;
+                    if (tile >= tiles) continue;
+                    const int token = ((low ? 0 : LOW_TILES) + tile) * 8 + own_in_tile;
+                    const float4 v = four_rows(sum_of<4, 4 * 4 * 512>(pair_sums + ((tile * 4 + row_tile) * 32 + at.lane) * 16), at.odd);
+                    if (token >= TOKENS) continue;
+                    const float root = root_of(squares, token, p.eps);
+                    // rows come in pairs (i, i + HALF)
+                    const float p0 = fmaf(v.x * root, scale.x, second.x), q0 = fmaf(v.y * root, scale.y, second.y);
+                    const float p1 = fmaf(v.z * root, scale.z, second.z), q1 = fmaf(v.w * root, scale.w, second.w);
+                    const float4 b = third[j];
+                    const int box = (head < HEADS ? M_Q + (token * HEADS + head) * HEAD_DIM * 2 : (head == HEADS ? M_K : M_V) + token * HEAD_DIM * 2) + i * 2;
+                    post(mail + box, pack_bf16(p0 * b.x - q0 * b.z, p1 * b.y - q1 * b.w));
+                    post(mail + box + HALF * 2, pack_bf16(q0 * b.x + p0 * b.z, q1 * b.y + p1 * b.w));
+                    post(next + box, EMPTY);
+                    post(next + box + HALF * 2, EMPTY);
+                }
+                __syncthreads();  // the sums are read: values may take their place
+            } else if (stage == GATE_UP) {
+#pragma unroll 2
+                for (int n = 0; n < tiles; n++) {
+                    const int token = ((low ? 0 : LOW_TILES) + n) * 8 + own_in_tile;
+                    const float4 v = four_rows(sum_of<2, 4 * 8 * 512>(pair_sums + ((n * 8 + at.warp) * 32 + at.lane) * 16), at.odd);
+                    if (token >= TOKENS) continue;
+                    const float root = root_of(squares, token, p.eps);
+                    const float a = geglu(fmaf(v.x * root, scale.x, second.x), fmaf(v.y * root, scale.y, second.y));
+                    const float b = geglu(fmaf(v.z * root, scale.z, second.z), fmaf(v.w * root, scale.w, second.w));
+                    const int place = M_ACT + (token * FEATURES + row / 2) * 2;
+                    post(mail + place, pack_bf16(a, b));
+                    post(next + place, EMPTY);
+                }
+            } else {
+                u8* const sums_at = parcels + (stage == OUT ? P_OUT : P_DOWN);
+                post_to_owners(at, d, scratch, sums_at);
+                if (stage == DOWN) {
+                    asm volatile("fence.acq_rel.gpu;" ::: "memory");  // what this layer emptied is empty for everybody
+                    __syncthreads();                                  // before the next layer's mail
+                    turn = turn == 2 ? 0 : turn + 1;
+                    mail = next, parcels = p.parcels + turn * PARCELS;
+                    next = p.mail + (turn == 2 ? 0 : turn + 1) * MAIL;
+                }
+                MARK(stage == OUT ? 8 : 15);
+                if (holds) {
+                    const float4 v = four_rows(sum_of_parts(at, sums_at), at.odd);
+                    h.x = fmaf(v.x * scale.x, second.x, h.x), h.y = fmaf(v.y * scale.y, second.y, h.y);
+                    h.z = fmaf(v.z * scale.z, second.z, h.z), h.w = fmaf(v.w * scale.w, second.w, h.w);
+                    if (stage == OUT || !last)
+                        post_stream(at, h, third[0], mail, next, stage == OUT ? M_IN2 : M_IN1, stage == OUT ? M_SQUARES2 : M_SQUARES1, own_squares);
+                    else if (own_token < TOKENS)
+                        *reinterpret_cast<float4*>(h_at) = h;
+                }
+            }
+            if (stage == QKV) MARK(3);
+            if (stage == GATE_UP) MARK(12);
         }
-        MARK(15);
     }
     let_dependents_start();
 }

@@ -13,23 +13,19 @@ struct KeyRange {
     __device__ __forceinline__ int count() const { return prefix + tokens; }
 };
 
-// the prefix's rows were there before the launch: they come while the queries are still computed
+// the prefix's rows were there before the launch: they come while the queries are still computed. Zeros behind all rows
+// up to a multiple of 16.
 __device__ __forceinline__ void fetch_prefix(const Place& at, const KeyRange& range, u32 to, const u16* cache) {
-    for (int i = at.tid; i < range.prefix * (HEAD_DIM / 8); i += THREADS) {
-        const int row = i / (HEAD_DIM / 8), piece = i % (HEAD_DIM / 8);
-        copy16(to + row * PITCH + piece * 16, cache + (size_t)(range.first + row) * HEAD_DIM + piece * 8);
-    }
-}
-
-// the chunk's own rows come as mail; zeros behind them up to a multiple of 16
-__device__ __forceinline__ void take_rows(const Place& at, const KeyRange& range, u32 to, const u8* from) {
+    constexpr int PIECES = HEAD_DIM / 8;
+    const int row = at.tid / PIECES, piece = at.tid % PIECES;
+    const u16* from = cache + (size_t)(range.first + row) * HEAD_DIM + piece * 8;
+    to += row * PITCH + piece * 16;
+#pragma unroll 2
+    for (int r = row; r < range.prefix; r += THREADS / PIECES, from += THREADS / PIECES * HEAD_DIM)
+        copy16(to + (r - row) * PITCH, from);
     const int end = (range.count() + 15) / 16 * 16;
-    for (int i = at.tid; i < (end - range.prefix) * (HEAD_DIM / 8); i += THREADS) {
-        const int row = i / (HEAD_DIM / 8), piece = i % (HEAD_DIM / 8);
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (row < range.tokens) v = await4(from + ((range.token + row) * HEAD_DIM + piece * 8) * 2);
-        store_shared4(to + (range.prefix + row) * PITCH + piece * 16, v);
-    }
+#pragma unroll 1
+    for (int r = range.count() + row; r < end; r += THREADS / PIECES) store_shared4(to + (r - row) * PITCH, make_uint4(0, 0, 0, 0));
 }
 
 struct AttentionMemory {
@@ -40,22 +36,36 @@ __device__ __forceinline__ void attend(
     const Place& at, const KeyRange& range, u8* memory, AttentionMemory& m, u8* mail, u8* next, u8* parcels, float scale) {
     const u32 base = shared_address(memory), k_to = base + A_X, v_to = base + A_SUMS, q_to = base + A_Q;
     const int first_row = at.tile * QUERIES, lane = at.lane, warp = at.warp;
-    {
-        constexpr int PIECES = HEAD_DIM / 8, TURNS = QUERIES * PIECES / THREADS;
-        uint4 v[TURNS];
+    {  // four pieces of the queries, and one of the chunk's own keys and values
+        constexpr int PIECES = HEAD_DIM / 8, ROWS = THREADS / PIECES, TURNS = QUERIES / ROWS;
         const int row = at.tid / PIECES, piece = at.tid % PIECES;
-        const u8* from = mail + M_Q + ((size_t)(first_row + row) * HEAD_DIM + piece * 8) * 2;
+        const u8* const q_from = mail + M_Q + ((size_t)(first_row + row) * HEAD_DIM + piece * 8) * 2;
+        const u8* const own_from = mail + M_K + ((range.token + row) * HEAD_DIM + piece * 8) * 2;
+        static_assert(TURNS == 4 && (TOKENS + PARTS - 1) / PARTS <= ROWS && M_V - M_K == MT * HEAD_DIM * 2, "one row a turn");
+        uint4 v[TURNS + 2];
+        u32 pending = row < range.tokens ? 3u << TURNS : 0;
 #pragma unroll
         for (int j = 0; j < TURNS; j++) {
-            const int r = row + j * (THREADS / PIECES);
             v[j] = make_uint4(0, 0, 0, 0);
-            if (first_row + r < TOKENS * HEADS) v[j] = await4(from + (size_t)j * (THREADS / PIECES) * HEAD_DIM * 2);
+            if (first_row + row + j * ROWS < TOKENS * HEADS) pending |= 1u << j;
         }
+        for (u32 tries = 0; pending; tries++) {
 #pragma unroll
-        for (int j = 0; j < TURNS; j++) store_shared4(q_to + (row + j * (THREADS / PIECES)) * PITCH + piece * 16, v[j]);
+            for (int j = 0; j < TURNS + 2; j++)
+                if (pending >> j & 1) v[j] = peek4(j < TURNS ? q_from + j * (ROWS * HEAD_DIM * 2) : own_from + (j - TURNS) * (M_V - M_K));
+#pragma unroll
+            for (int j = 0; j < TURNS + 2; j++)
+                if ((pending >> j & 1) && complete(v[j])) pending &= ~(1u << j);
+            if (tries > PATIENCE) __trap();
+        }
+        const u32 place = row * PITCH + piece * 16;
+#pragma unroll
+        for (int j = 0; j < TURNS; j++) store_shared4(q_to + place + j * (ROWS * PITCH), v[j]);
+        if (row < range.tokens) {
+            store_shared4(k_to + range.prefix * PITCH + place, v[TURNS]);
+            store_shared4(v_to + range.prefix * PITCH + place, v[TURNS + 1]);
+        }
     }
-    take_rows(at, range, k_to, mail + M_K);
-    take_rows(at, range, v_to, mail + M_V);
     copies_done();
     __syncthreads();
 
@@ -70,7 +80,7 @@ __device__ __forceinline__ void attend(
     if (warp * 16 < count) {  // scores: this warp's 16 keys against all rows
         const u32 q_base = q_to + (lane % 16) * PITCH + (lane / 16) * 16;
         const u32 k_base = k_to + (warp * 16 + (lane / 16) * 8 + lane % 8) * PITCH + ((lane / 8) % 2) * 16;
-#pragma unroll 8
+#pragma unroll 4
         for (int k = 0; k < HEAD_DIM / 16; k++) {
             u32 a0[4], a1[4], b[4];
             ldmatrix4(a0, q_base + k * 32);

@@ -15,6 +15,7 @@
 // Macros: TOKENS; MT (56 or 64); KEYS (of a block, at most; a multiple of 16); FORMAT_QKV,
 // FORMAT_O, FORMAT_GATE_UP, FORMAT_DOWN; SLOTS of the rings; PDL; TRACE.
 
+enum Stage { QKV, OUT, GATE_UP, DOWN };
 constexpr int TILES = 16, PARTS = 8;
 constexpr int WIDTH = 1024, FEATURES = 4096, HEADS = 8, HEAD_DIM = 256, HALF = HEAD_DIM / 2;
 constexpr int QKV_ROWS = (HEADS + 2) * HEAD_DIM, QKV_PAIRS = QKV_ROWS / 64;
@@ -49,6 +50,8 @@ static_assert(KEYS % 16 == 0 && KEYS <= 128 && SHARED <= 232448 - 5120, "shared 
 
 constexpr int N_QKV = 16 / Piece<FORMAT_QKV>::STEPS, N_O = 8 / Piece<FORMAT_O>::STEPS;
 constexpr int N_GATE_UP = 32 / Piece<FORMAT_GATE_UP>::STEPS, N_DOWN = 16 / Piece<FORMAT_DOWN>::STEPS;
+
+#define HAS_FORMAT(f) (FORMAT_QKV == f || FORMAT_O == f || FORMAT_GATE_UP == f || FORMAT_DOWN == f)
 
 __device__ __forceinline__ int Ring::layer_pieces() const { return qkv_pieces + N_O + N_GATE_UP + N_DOWN; }
 __device__ __forceinline__ int Ring::bytes_at(int place) const {
@@ -135,16 +138,18 @@ __device__ __forceinline__ float root_of(const float (*sums)[MT], int token, flo
     return rsqrtf((sums[0][token] + sums[1][token] + sums[2][token] + sums[3][token]) / WIDTH + eps);
 }
 
-// Token tile n of a pair's product goes to the pair's block that owns it: where, in its partial sums
-template <int SOURCES_ROWS>
-__device__ __forceinline__ void push_to_pair(const Place& at, const float* d, u32 sums, u32 barrier, int source, int row_tile) {
-    const u32 even = of_rank(sums, 0), uneven = of_rank(sums, 1);
+// Token tile n of a pair's product goes to the pair's block that owns it: to its place in that block's partial sums,
+// [source, token tile, row tile, lane] 16 bytes
+__device__ __forceinline__ void push_to_pair(const Place& at, const float* d, u32 sums, u32 barrier, int source, int row_tile, int row_tiles) {
+    const u32 first = sums + ((source * 4 * row_tiles + row_tile) * 32 + at.lane) * 16, apart = row_tiles * 512;
+    const u32 even = of_rank(first, 0), uneven = of_rank(first, 1);
     const u32 even_barrier = of_rank(barrier, 0), uneven_barrier = of_rank(barrier, 1);
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-        const bool low = n < LOW_TILES;
-        const int place = (((source * 4 + (low ? n : n - LOW_TILES)) * SOURCES_ROWS + row_tile) * 32 + at.lane) * 16;
-        push4((low ? even : uneven) + place, low ? even_barrier : uneven_barrier, d + 4 * n);
+        if (n < LOW_TILES)
+            push4(even + n * apart, even_barrier, d + 4 * n);
+        else
+            push4(uneven + (n - LOW_TILES) * apart, uneven_barrier, d + 4 * n);
     }
 }
 
@@ -182,12 +187,19 @@ __device__ __forceinline__ void post_to_owners(const Place& at, const float* d, 
 __device__ __forceinline__ float4 sum_of_parts(const Place& at, u8* parcels) {
     u8* const box = parcels + ((size_t)(at.tile * NT + at.part) * PARTS * 4 + at.warp % 4) * 512 + at.lane * 16;
     uint4 v[PARTS];
+    u32 pending = (1u << PARTS) - 1;
+    for (u32 tries = 0; pending; tries++) {
 #pragma unroll
-    for (int i = 0; i < PARTS; i++) v[i] = peek4(box + i * 2048);
+        for (int i = 0; i < PARTS; i++)
+            if (pending >> i & 1) v[i] = peek4(box + i * 2048);
+#pragma unroll
+        for (int i = 0; i < PARTS; i++)
+            if ((pending >> i & 1) && complete(v[i])) pending &= ~(1u << i);
+        if (tries > PATIENCE) __trap();
+    }
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
     for (int i = 0; i < PARTS; i++) {
-        if (!complete(v[i])) v[i] = await4(box + i * 2048);
         sum.x += __uint_as_float(v[i].x), sum.y += __uint_as_float(v[i].y);
         sum.z += __uint_as_float(v[i].z), sum.w += __uint_as_float(v[i].w);
     }

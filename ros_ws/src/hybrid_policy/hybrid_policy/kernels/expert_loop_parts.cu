@@ -107,15 +107,7 @@ __device__ __forceinline__ u32 peek(const void* from) {
 }
 
 __device__ __forceinline__ bool complete(const uint4& v) {
-    return v.x != EMPTY && v.y != EMPTY && v.z != EMPTY && v.w != EMPTY;
-}
-
-__device__ __forceinline__ uint4 await4(const void* from) {
-    for (u32 tries = 0;; tries++) {
-        const uint4 v = peek4(from);
-        if (complete(v)) return v;
-        if (tries > PATIENCE) __trap();
-    }
+    return max(max(v.x, v.y), max(v.z, v.w)) != EMPTY;
 }
 
 __device__ __forceinline__ float await_float(const void* from, u32 first) {
@@ -152,29 +144,38 @@ __device__ __forceinline__ uint2 await2(const void* from, uint2 v) {
     return v;
 }
 
-// ---- activations: COLUMNS of each token from mail to shared memory as wgmma's B operand (K-major, 128-byte swizzle):
-// [block of 64 columns][token, 128 bytes, its eight 16-byte pieces XOR token % 8]. By GROUP threads; t is one's own.
+// ---- activations: 2^shift pieces (of 8 columns) of each token from mail to shared memory as wgmma's B operand (K-major,
+// 128-byte swizzle): [block of 64 columns][token, 128 bytes, its eight 16-byte pieces XOR token % 8]. By a warpgroup, t is
+// one's place in it. shift is 4 or 5; stride: bytes from token to token. Rows behind TOKENS keep what was there: what
+// becomes of them stays in their own columns, and nobody looks.
 
-template <int COLUMNS, int GROUP, int STRIDE>
-__device__ __forceinline__ void take_tokens(u32 to, const u8* from, int t) {
-    constexpr int PIECES = COLUMNS / 8, ROWS = GROUP / PIECES, TURNS = MT / ROWS;
-    static_assert(MT % ROWS == 0 && ROWS <= TOKENS, "turns");
-    const int piece = t % PIECES, first = t / PIECES;
-    const u8* at = from + ((size_t)first * STRIDE + piece * 8) * 2;
+__device__ __forceinline__ void take_tokens(u32 to, const u8* from, int t, int shift, int stride) {
+    constexpr int TURNS = MT / 4;
+    const int piece = t & ((1 << shift) - 1), first = t >> shift, rows = 128 >> shift;
+    const u8* const at = from + first * stride + piece * 16;
+    const int step = rows * stride;
+    u32 pending = (1u << ((TOKENS - first + rows - 1) >> (7 - shift))) - 1;
     uint4 v[TURNS];
-    v[0] = await4(at);  // nobody reads everything again and again: one word first
-#pragma unroll
-    for (int j = 1; j < TURNS; j++) {
-        v[j] = make_uint4(0, 0, 0, 0);
-        if (first + j * ROWS < TOKENS) v[j] = peek4(at + (size_t)j * ROWS * STRIDE * 2);
+    for (u32 tries = 0;; tries++) {  // nobody reads everything again and again: one word first
+        v[0] = peek4(at);
+        if (complete(v[0])) break;
+        if (tries > PATIENCE) __trap();
     }
-    to += piece / 8 * (MT * 128);
+    pending &= ~1u;
+    for (u32 tries = 0; pending; tries++) {
 #pragma unroll
-    for (int j = 0; j < TURNS; j++) {
-        const int token = first + j * ROWS;
-        if (!complete(v[j])) v[j] = await4(at + (size_t)j * ROWS * STRIDE * 2);
-        store_shared4(to + token * 128 + ((piece % 8) ^ (token % 8)) * 16, v[j]);
+        for (int j = 1; j < TURNS; j++)
+            if (pending >> j & 1) v[j] = peek4(at + j * step);
+#pragma unroll
+        for (int j = 1; j < TURNS; j++)
+            if ((pending >> j & 1) && complete(v[j])) pending &= ~(1u << j);
+        if (tries > PATIENCE) __trap();
     }
+    to += piece / 8 * (MT * 128) + first * 128;
+    const u32 even = to + ((piece % 8) ^ (first % 8)) * 16, uneven = to + ((piece % 8) ^ ((first + rows) % 8)) * 16;
+#pragma unroll
+    for (int j = 0; j < TURNS; j++)
+        if (first + j * rows < TOKENS) store_shared4((j % 2 ? uneven : even) + j * rows * 128, v[j]);
     publish_to_tensor_core();
 }
 
@@ -207,14 +208,15 @@ template <int LEFT> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
-// d = W x over PIECES pieces of the ring; x: shared address of the first block of 64 columns
-template <int FORMAT, int PIECES>
-__device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, u32 x, int lane, u64 policy) {
-    constexpr int STEPS = Piece<FORMAT>::STEPS, PER16 = FORMAT == 0 ? 1 : FORMAT == 1 ? 2 : 4;
+// d = W x over ``pieces`` of the ring; x: shared address of the first block of 64 columns. Two batches a piece, so that
+// one is decoded while the other is multiplied.
+template <int FORMAT>
+__device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, u32 x, int pieces, int lane, u64 policy) {
+    constexpr int STEPS = Piece<FORMAT>::STEPS, PER16 = FORMAT == 0 ? 1 : FORMAT == 1 ? 2 : 4, BATCH = STEPS / 2;
     // K-major, 128-byte swizzle, 1024 bytes from eight tokens to the next eight
     const u64 b = ((u64)x >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-#pragma unroll
-    for (int piece = 0; piece < PIECES; piece++) {
+#pragma unroll 1
+    for (int piece = 0; piece < pieces; piece++) {
         const u32 from = ring.arrived();
         uint4 w[2], s[2];
 #pragma unroll
@@ -223,25 +225,25 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, u32 x, i
             if constexpr (FORMAT == 2) s[i] = load_shared4(from + 1024 + i * 128 + lane / 4 * 16);
         }
         ring.used(lane, policy);
-        constexpr int BATCH = STEPS < 4 ? STEPS : 4;  // products under way while the next ones are decoded
+        const u64 here = b + (FORMAT == 0 ? piece / 2 * (MT * 8) + piece % 2 * 4 : piece * (STEPS / 4) * (MT * 8));
 #pragma unroll
-        for (int first = 0; first < STEPS; first += BATCH) {
+        for (int i = 0; i < 2; i++) {
             u32 a[BATCH][4];
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
-                const int i = (first + j) / PER16, step = (first + j) % PER16;
                 u32 scales = 0;
-                if constexpr (FORMAT == 2) scales = step == 0 ? s[i].x : step == 1 ? s[i].y : step == 2 ? s[i].z : s[i].w;
-                fragment<FORMAT>(a[j], w[i], step, scales);
+                if constexpr (FORMAT == 2) scales = j == 0 ? s[i].x : j == 1 ? s[i].y : j == 2 ? s[i].z : s[i].w;
+                fragment<FORMAT>(a[j], w[i], j, scales);
             }
+            static_assert(BATCH == PER16, "a batch is a lane's 16 bytes");
             wgmma_fence();
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
-                const int step = piece * STEPS + first + j;
-                warpgroup_mma(d, a[j], b + (u64)((step / 4 * (MT * 128) + step % 4 * 32) >> 4), step != 0);
+                const int step = i * BATCH + j;
+                warpgroup_mma(d, a[j], here + (u64)((step / 4 * (MT * 128) + step % 4 * 32) >> 4), step > 0 || piece > 0);
             }
             wgmma_commit();
-            if (piece + first > 0) wgmma_wait<1>();  // the registers of the batch before are free
+            wgmma_wait<1>();  // the registers of the batch before are free
         }
     }
     wgmma_wait<0>();
