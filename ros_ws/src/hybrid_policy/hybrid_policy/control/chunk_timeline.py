@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,8 +53,8 @@ class Trajectory:
     def _knots(self) -> tuple[Array, Array, Array]:
         return (
             np.concatenate(([0.0], self.times)),
-            np.vstack((self.start_position, self.positions)),
-            np.vstack((self.start_velocity, self.velocities)),
+            np.concatenate((self.start_position[None], self.positions)),
+            np.concatenate((self.start_velocity[None], self.velocities)),
         )
 
     def sample(self, now: int) -> tuple[Array, Array]:
@@ -65,13 +66,32 @@ class Trajectory:
         if seconds <= 0.0:
             return positions[0], velocities[0]
         k = int(np.searchsorted(times, seconds, side="right")) - 1
-        step = times[k + 1] - times[k]
-        u = (seconds - times[k]) / step
-        p0, p1, v0, v1 = positions[k], positions[k + 1], velocities[k] * step, velocities[k + 1] * step
-        rise = p1 - p0
-        position = p0 + u * (v0 + u * (3 * rise - 2 * v0 - v1 + u * (v0 + v1 - 2 * rise)))
-        velocity = (v0 + u * (2 * (3 * rise - 2 * v0 - v1) + 3 * u * (v0 + v1 - 2 * rise))) / step
-        return position, velocity
+        return _hermite(
+            times[k], times[k + 1], positions[k], positions[k + 1], velocities[k], velocities[k + 1], seconds
+        )
+
+    def sample_at(self, moments: NDArray[np.int64]) -> tuple[Array, Array]:
+        """(positions, velocities), float64 [moments, commands] each, as :meth:`sample` gives them."""
+        last = np.broadcast_to(self.positions[-1], (len(moments), self.positions.shape[1]))
+        if self.times[-1] <= 0.0:  # standing still: no curve
+            return last, np.zeros_like(last)
+        seconds = ((moments - self.begin) * 1e-9)[:, None]
+        over = seconds >= self.times[-1]
+        times, positions, velocities = self._knots
+        k = np.clip(np.searchsorted(times, seconds[:, 0], side="right") - 1, 0, len(times) - 2)
+        t0, t1 = times[k][:, None], times[k + 1][:, None]
+        clipped = np.maximum(seconds, 0.0)
+        curve, speed = _hermite(t0, t1, positions[k], positions[k + 1], velocities[k], velocities[k + 1], clipped)
+        return np.where(over, last, curve), np.where(over, 0.0, speed)
+
+
+def _hermite(t0: Any, t1: Any, p0: Array, p1: Array, v0: Array, v1: Array, t: Any) -> tuple[Array, Array]:
+    """Position and velocity at ``t`` of the cubic that has p0, v0 at t0 and p1, v1 at t1."""
+    step = t1 - t0
+    u, rise = (t - t0) / step, p1 - p0
+    v0, v1 = v0 * step, v1 * step
+    square, cube = 3 * rise - 2 * v0 - v1, v0 + v1 - 2 * rise
+    return p0 + u * (v0 + u * (square + u * cube)), (v0 + u * (2 * square + 3 * u * cube)) / step
 
 
 @dataclass(frozen=True)
@@ -119,22 +139,19 @@ def monotone_velocities(times: Array, positions: Array, start_position: Array, w
     times: float64 [points] s; positions, wanted: float64 [points, commands], NaN in ``wanted`` where a
     central difference is to be taken; start_position: [commands], at 0.
     """
-    steps = np.diff(times, prepend=0.0)[:, None]
-    slopes = np.diff(positions, axis=0, prepend=start_position[None]) / steps
+    knots, path = np.concatenate(([0.0], times)), np.concatenate((start_position[None], positions))
+    steps = (knots[1:] - knots[:-1])[:, None]
+    slopes = (path[1:] - path[:-1]) / steps
     velocities = np.zeros_like(positions)
     if len(times) > 1:
         before, after = slopes[:-1], slopes[1:]
         central = (before * steps[1:] + after * steps[:-1]) / (steps[1:] + steps[:-1])
         if wanted is not None:
             central = np.where(np.isnan(wanted[:-1]), central, wanted[:-1])
-        bound = 3.0 * np.minimum(np.abs(before), np.abs(after))
-        velocities[:-1] = np.where(before * after > 0.0, np.clip(central, *_between(before, bound)), 0.0)
+        bound = np.where(before * after > 0.0, 3.0 * np.minimum(np.abs(before), np.abs(after)), 0.0)
+        direction = np.sign(before)
+        velocities[:-1] = direction * np.minimum(np.maximum(direction * central, 0.0), bound)
     return velocities
-
-
-def _between(slopes: Array, bound: Array) -> tuple[Array, Array]:
-    """The range of velocities from 0 to ``bound`` in the direction of the slopes."""
-    return np.where(slopes < 0.0, -bound, 0.0), np.where(slopes > 0.0, bound, 0.0)
 
 
 def chunk_curve(stamp: int, positions: Array, period: int) -> Trajectory:
@@ -196,12 +213,14 @@ class ChunkTimeline:
         curve = chunk_curve(stamp, positions, self._period)
         new_position, new_speed = curve.sample(now)
         jump, velocity_jump = new_position - start, new_speed - speed
-        speeds = np.vstack((curve.start_velocity, curve.velocities))[first:] if horizon > 1 else np.zeros_like(kept)
+        speeds = (
+            curve.velocities[first - 1 :] if first else np.concatenate((curve.start_velocity[None], curve.velocities))
+        )
         if self._blend > 0.0:
             fading = int(np.searchsorted(times, self._blend))
             u = (times[:fading] / self._blend)[:, None]
-            old = [(start, still) if self._current is None else self._current.sample(int(t)) for t in due[:fading]]
-            apart, speeds_apart = kept[:fading] - [p for p, _ in old], speeds[:fading] - [v for _, v in old]
+            old = (start, still) if self._current is None else self._current.sample_at(due[:fading])
+            apart, speeds_apart = kept[:fading] - old[0], speeds[:fading] - old[1]
             left = 1.0 - u * u * (3.0 - 2.0 * u)
             kept, speeds = kept.copy(), speeds.copy()
             kept[:fading] -= left * apart
@@ -224,9 +243,8 @@ class ChunkTimeline:
         """How the swap from the command in force to this trajectory looks."""
         points = max(2, int(np.searchsorted(trajectory.times, self._blend, side="right")))
         times = np.concatenate(([0.0], trajectory.times[:points]))
-        path = np.vstack((trajectory.start_position, trajectory.positions[:points]))
-        slopes = np.diff(path, axis=0) / np.diff(times)[:, None]
-        slopes = np.vstack((trajectory.start_velocity, slopes))
-        steps = np.diff(times)[:, None]
-        acceleration = np.abs(np.diff(slopes, axis=0) / steps).max(initial=0.0)
+        path = np.concatenate((trajectory.start_position[None], trajectory.positions[:points]))
+        steps = (times[1:] - times[:-1])[:, None]
+        slopes = np.concatenate((trajectory.start_velocity[None], (path[1:] - path[:-1]) / steps))
+        acceleration = np.abs((slopes[1:] - slopes[:-1]) / steps).max(initial=0.0)
         return Seam(float(np.abs(plan.jump).max()), float(np.abs(plan.velocity_jump).max()), float(acceleration))

@@ -94,6 +94,7 @@ class ControlCycle:
         self.delays = DelayEstimator(settings.delay_window)
         self._ensemble = TemporalEnsemble(robot.period, settings.ensemble_weight)
         self._random = np.random.default_rng(settings.seed)
+        self._noise: NDArray[np.float32] | None = None
         self._previous: ActionChunk | None = None
         self._accepted = 0
         self._cold: int | None = None
@@ -116,10 +117,17 @@ class ControlCycle:
         self.timeline.hold(now, position)
         return Trajectory.hold(now, position)
 
+    def draw(self) -> None:
+        """Draw the next inference's noise, unless it is drawn: between two inferences it costs no latency."""
+        if self._noise is None:
+            spec = self.policy.spec
+            self._noise = self._random.standard_normal((spec.horizon, spec.max_action_dim), dtype=np.float32)
+
     def prepare(self, observation: Observation) -> tuple[NDArray[np.float32], Continuation | None]:
         """(noise float32 [horizon, max_action_dim], continuation) for the inference on an observation."""
-        spec = self.policy.spec
-        noise = self._random.standard_normal((spec.horizon, spec.max_action_dim), dtype=np.float32)
+        self.draw()
+        noise, self._noise = self._noise, None
+        assert noise is not None
         previous = None
         delay = self.delays.steps(self.robot.period)
         if delay is None and self._cold is not None:
@@ -170,10 +178,11 @@ class ControlCycle:
         if reason:
             return refused(reason)
         positions, report = self.guard.limit(plan)
-        # where the guard has moved a point, the velocity that was planned for it means nothing any more
-        wanted = np.where(np.abs(positions - plan.positions) < _SAME, plan.velocities, np.nan)
+        wanted, fastest = plan.velocities, self.robot.limits.velocity
+        if report.clipped:  # where the guard has moved a point, the velocity planned for it means nothing any more
+            wanted = np.where(np.abs(positions - plan.positions) < _SAME, wanted, np.nan)
         velocities = monotone_velocities(plan.times, positions, plan.start_position, wanted)
-        velocities = np.clip(velocities, -self.robot.limits.velocity, self.robot.limits.velocity)
+        velocities = np.minimum(np.maximum(velocities, -fastest), fastest)
         trajectory = Trajectory(plan.begin, plan.times, positions, velocities, plan.start_position, plan.start_velocity)
         seam = self.timeline.seam(plan, trajectory)
         self.timeline.commit(trajectory)

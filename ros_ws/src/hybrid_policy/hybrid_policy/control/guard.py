@@ -83,12 +83,12 @@ class Guard:
         stands outside its limits is only led back in.
         """
         limits = self._limits
-        clipped = np.clip(plan.positions, limits.lower, limits.upper)
+        clipped = np.minimum(np.maximum(plan.positions, limits.lower), limits.upper)
         out_of_range = np.abs(clipped - plan.positions) > _TOLERANCE
-        steps = np.diff(plan.times, prepend=0.0)
-        path = np.vstack((plan.start_position, clipped))
-        speeds = np.diff(path, axis=0) / steps[:, None]
-        rates = np.diff(speeds, axis=0, prepend=plan.start_velocity[None]) / steps[:, None]
+        steps = plan.times - np.concatenate(([0.0], plan.times[:-1]))
+        before = np.concatenate((plan.start_position[None], clipped[:-1]))
+        speeds = (clipped - before) / steps[:, None]
+        rates = (speeds - np.concatenate((plan.start_velocity[None], speeds[:-1]))) / steps[:, None]
         too_fast = np.abs(speeds) > limits.velocity + _TOLERANCE
         too_sharp = np.abs(rates) > limits.acceleration + _TOLERANCE
         if too_fast.any() or too_sharp.any():
@@ -125,6 +125,8 @@ class Guard:
         too_sharp: NDArray[np.bool_],
     ) -> GuardReport:
         touched = np.logical_or.reduce(out_of_range | too_fast | too_sharp, axis=0).tolist()
+        if not any(touched):
+            return GuardReport()
         report = GuardReport(
             int(out_of_range.sum()),
             int(too_fast.sum()),
@@ -134,6 +136,5 @@ class Guard:
         self.counts["position"] += report.position
         self.counts["velocity"] += report.velocity
         self.counts["acceleration"] += report.acceleration
-        if report.clipped:
-            self.counts["chunks_limited"] += 1
+        self.counts["chunks_limited"] += 1
         return report

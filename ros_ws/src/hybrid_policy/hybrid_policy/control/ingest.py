@@ -8,7 +8,7 @@ exception that leaves this module is :class:`InputError`.
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,7 +87,7 @@ def joint_positions(message: Any, names: Sequence[str]) -> NDArray[np.float64]:
     given = _attribute(message, "name")
     positions = _attribute(message, "position")
     try:
-        given = [str(name) for name in given][: _MAX_NAMES + 1]
+        given = [str(name) for name in given[: _MAX_NAMES + 1]]
         values = np.asarray(positions, dtype=np.float64).reshape(-1)
     except (TypeError, ValueError, OverflowError):
         raise InputError("joint state: name, position: not lists, expected names and numbers") from None
@@ -97,6 +97,17 @@ def joint_positions(message: Any, names: Sequence[str]) -> NDArray[np.float64]:
         raise InputError(
             f"joint state: position: {len(values)} values given, expected {len(given)} (one for each name)"
         )
+    ordered = values[_places(tuple(given), tuple(names))]
+    finite = np.isfinite(ordered)
+    if not finite.all():
+        worst = int(np.argmin(finite))
+        raise InputError(f"joint state: {names[worst]}: {ordered[worst]} given, expected a finite position")
+    return ordered
+
+
+@functools.lru_cache(maxsize=16)
+def _places(given: tuple[str, ...], names: tuple[str, ...]) -> NDArray[np.intp]:
+    """Where each of ``names`` is in ``given``: a driver names its joints in each message, always the same."""
     index = {name: i for i, name in enumerate(given)}
     missing = [name for name in names if name not in index]
     if missing:
@@ -108,11 +119,7 @@ def joint_positions(message: Any, names: Sequence[str]) -> NDArray[np.float64]:
         twice = next((name for name in names if given.count(name) > 1), None)
         if twice is not None:
             raise InputError(f"joint state: name: {twice} given twice, expected each joint once")
-    ordered = values[[index[name] for name in names]]
-    for name, value in zip(names, ordered):
-        if not math.isfinite(value):
-            raise InputError(f"joint state: {name}: {value} given, expected a finite position")
-    return ordered
+    return np.array([index[name] for name in names], np.intp)
 
 
 def prompt_text(message: Any) -> str:

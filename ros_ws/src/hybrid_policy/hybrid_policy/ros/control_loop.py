@@ -179,6 +179,7 @@ class ControlLoop:
         self._errors_in_row = 0
         self._record(result, chunk, snapshot, (began, before, after, done))
         self._on_chunk(result)
+        self.cycle.draw()
 
     def _why_discard(self, observation: Observation) -> str:
         """Why a finished chunk must not be used any more; it was inferred without the lock."""

@@ -20,6 +20,7 @@ from hybrid_policy.control.observation_buffer import ObservationBuffer
 from hybrid_policy.control.robot_file import Camera, Joint, RobotFile
 from hybrid_policy.errors import InputError
 from hybrid_policy.ros.log import ThrottledLog
+from hybrid_policy.ros.receiver import Receiver, ReceiverGroup
 
 #: Best effort hears reliable publishers too, and never waits for an old image.
 SENSOR = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
@@ -43,13 +44,17 @@ class Inputs:
         self.buffer = buffer
         self._node, self._reports = node, reports
         self._subscriptions = []
+        group = ReceiverGroup()
         for camera in cameras:
             kind = CompressedImage if camera.type == "compressed" else Image
             image = self._safely(camera.name, functools.partial(buffer.receive_image, camera.name))
-            self._subscriptions.append(node.create_subscription(kind, camera.topic, image, SENSOR))
+            made = node.create_subscription(kind, camera.topic, image, SENSOR, callback_group=group)
+            self._subscriptions.append(made)
         joints = self._safely("joints", buffer.receive_joints)
         depth = QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT)
-        self._subscriptions.append(node.create_subscription(JointState, robot.joint_states_topic, joints, depth))
+        made = node.create_subscription(JointState, robot.joint_states_topic, joints, depth, callback_group=group)
+        self._subscriptions.append(made)
+        self._receiver = Receiver(node, self._subscriptions, self._unreadable)
         self._prompt = self._safely("prompt", buffer.receive_prompt)
         self._prompt_topic, self._latched = robot.prompt_topic, False
         self._subscriptions.append(
@@ -80,8 +85,12 @@ class Inputs:
 
         return callback
 
+    def _unreadable(self, error: Exception) -> None:
+        self._reports.error("callback", f"dropped: {type(error).__name__}: {error}")
+
     def close(self) -> None:
         """End the subscriptions."""
+        self._receiver.close()
         for subscription in self._subscriptions:
             self._node.destroy_subscription(subscription)
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,6 +61,7 @@ class TrajectoryOutput:
         self._publishers = [self._publisher]
         self._message = JointTrajectory(joint_names=list(robot.command_names))
         self._points = [JointTrajectoryPoint() for _ in range(horizon)]
+        self._buffers = [self._fields(point, len(robot.command_names)) for point in self._points]
         still = JointTrajectoryPoint(velocities=[0.0] * len(robot.command_names))
         still.time_from_start.nanosec = HOLD_DURATION
         self._hold = JointTrajectory(joint_names=list(robot.command_names), points=[still])
@@ -68,13 +70,20 @@ class TrajectoryOutput:
         """Publish the points."""
         count = len(trajectory.times)
         nanoseconds = np.round(trajectory.times * 1e9).astype(np.int64).tolist()
-        positions, velocities = trajectory.positions.tolist(), trajectory.velocities.tolist()
         for k in range(count):
-            point = self._points[k]
-            point.positions, point.velocities = positions[k], velocities[k]
-            point.time_from_start.sec, point.time_from_start.nanosec = divmod(nanoseconds[k], 1_000_000_000)
+            positions, velocities, time_from_start = self._buffers[k]
+            positions[:] = trajectory.positions[k]
+            velocities[:] = trajectory.velocities[k]
+            time_from_start.sec, time_from_start.nanosec = divmod(nanoseconds[k], 1_000_000_000)
         self._message.points = self._points[:count]
         self._publisher.publish(self._message)
+
+    @staticmethod
+    def _fields(point: JointTrajectoryPoint, commands: int) -> tuple[Array, Array, Any]:
+        """A point's memory to write into: a message's own setter looks at each number one by one."""
+        point.positions, point.velocities = array("d", bytes(8 * commands)), array("d", bytes(8 * commands))
+        views = np.frombuffer(point.positions), np.frombuffer(point.velocities)
+        return *views, point.time_from_start
 
     def tick(self, position: Array, now: int) -> None:
         """Nothing: the controller follows the trajectory by itself."""

@@ -75,7 +75,7 @@ PARAMETERS = (
         "Real-time chunking: guided flow, its prior-corrected form, or `prefix` (trained for it).",
         choices=("guided", "prior_corrected", "prefix"),
     ),
-    Parameter("rtc.schedule", "exp", "How its weights fall over the overlap.", choices=("exp", "linear")),
+    Parameter("rtc.schedule", "linear", "How its weights fall over the overlap.", choices=("exp", "linear")),
     Parameter("rtc.beta", 0.0, "Its largest guidance weight; 0: the number of flow steps.", low=0.0, high=1000.0),
     Parameter("rtc.prior_std", 0.2, "Spread of normalised actions, for prior_corrected.", 0.001, 10.0),
     Parameter("delay_window", 10, "Recent delays whose maximum is expected next.", low=1, high=1000),

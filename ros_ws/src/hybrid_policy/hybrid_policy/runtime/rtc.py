@@ -44,7 +44,7 @@ class RealTimeChunking:
     """
 
     mode: Mode = "guided"
-    schedule: Schedule = "exp"
+    schedule: Schedule = "linear"
     beta: float = 0.0
     prior_std: float = 0.2
 
