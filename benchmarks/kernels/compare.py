@@ -193,16 +193,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("kernels.csv"))
     parser.add_argument("--no-humming", action="store_true")
     parser.add_argument("--only", default="", help="time only lines whose name contains this")
+    parser.add_argument("--problem", default="", help="time only problems whose name contains this")
     args = parser.parse_args()
     rows: list[Row] = []
     shapes = [p.EXPERT, p.PREFIX_SMALL, p.PREFIX, p.DOWN, p.DOWN_GIVEN, p.DOWN_NVFP4, p.QKV, p.OUT]
-    for problem in shapes:
+    for problem in [q for q in shapes if args.problem in q.name]:
         lines: list[tuple[str, Callable[[], object]]] = [
             ("ours", lambda q=problem: time_ours(q, False)),
             ("ours pdl", lambda q=problem: time_ours(q, True)),
-            ("ours in Triton", lambda q=problem: time_stream(q, False)),
-            ("ours in Triton pdl", lambda q=problem: time_stream(q, True)),
         ]
+        if problem.fmt == "fp8" or problem.geglu:
+            lines.append(("ours in Triton", lambda q=problem: time_stream(q, False)))
+            lines.append(("ours in Triton pdl", lambda q=problem: time_stream(q, True)))
         alone = not problem.quantised and problem is not p.DOWN_NVFP4
         if alone:
             lines += [(f"cuBLAS {f}", lambda q=problem, f=f: time_library(q, f)) for f in ("bf16", "fp8 by row", "fp8")]
@@ -224,7 +226,8 @@ def main() -> int:
             except Exception as error:
                 print(f"{problem.name} M={problem.m} {what}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             torch.cuda.empty_cache()
-    rows += quantiser_rows()
+    if not args.problem:
+        rows += quantiser_rows()
     versions = f"torch {torch.__version__}, Triton {triton.__version__}, CUDA {torch.version.cuda}, {other_versions()}"
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     keys = ["problem", "m", "n", "k", "what", "us", "relative_error", "tile", "device", "versions", "date"]

@@ -35,6 +35,7 @@ GATE_UP: list[tuple[p.Problem, list[WgmmaTile]]] = [
             EXPERT,
             replace(EXPERT, group=2),
             replace(EXPERT, trigger=0),
+            replace(EXPERT, every_thread=True),
             replace(EXPERT, blocks=1),
             replace(EXPERT, blocks=1, trigger=0),
             WgmmaTile(mt=1, nt=56, stages=16),
@@ -46,12 +47,13 @@ GATE_UP: list[tuple[p.Problem, list[WgmmaTile]]] = [
         [
             SMALL,
             replace(SMALL, trigger=0),
+            replace(SMALL, every_thread=True),
             replace(SMALL, mt=1, blocks=2, stages=9),
             replace(SMALL, mt=1, blocks=2, stages=9, trigger=0),
             replace(SMALL, mt=1, blocks=1, stages=16),
         ],
     ),
-    (p.PREFIX, [LARGE, replace(LARGE, trigger=0)]),
+    (p.PREFIX, [LARGE, replace(LARGE, trigger=0), replace(LARGE, every_thread=True)]),
     (replace(p.PREFIX, m=968), [replace(LARGE, nt=nt) for nt in (144, 176)]),
 ]
 DOWN = [

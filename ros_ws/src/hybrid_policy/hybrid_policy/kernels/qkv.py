@@ -280,6 +280,8 @@ class FusedQKV:
             raise InputError.at("qkv", "x", tuple(x.shape), f"contiguous [M, {self.width}]")
         block_n, block_k, warps, stages = plan_qkv(self.weight.shape[0], head_dim)
         block_k = min(block_k, triton.next_power_of_2(self.width))
+        if self._compute is tl.float32:  # for checks: twice the bytes a stage
+            stages = min(stages, 2)
         _fused_qkv_kernel[(self.weight.shape[0] // block_n, triton.cdiv(rows, 64))](
             x, self.weight, self.scale, factor, shift, q, k_cache, v_cache, *tables, start,
             rows, eps,

@@ -50,7 +50,7 @@ class StreamLinear(PackedLinear):
         """One kernel, or quantiser + cuBLAS + epilogue."""
         m, n, k, fmt = x.shape[0], self.out_features, self.in_features, self.packed.fmt
         route = tiles.route(fmt, m, n, k, self.capability, norm_out=norm_out is not None)
-        if route == "wgmma":
+        if route == "wgmma" and x.device.type == "cuda":  # Triton's interpreter stands in for 9.0, its kernels alone
             small = wgmma_tiles.linear_tile(m, n, k)
             assert small is not None  # the route says so
             assert self.packed.row_scale is not None
@@ -59,7 +59,7 @@ class StreamLinear(PackedLinear):
                 bias=self.bias, residual=residual, gate=gate, x_scale=x_scale, pdl=pdl,
             )  # fmt: skip
             return
-        if route == "stream":
+        if route != "library":
             given = x_scale is not None
             tile = tiles.linear_tile(fmt, m, n, k, self.capability, x_fp8=given)
             self.packed.launch(

@@ -175,9 +175,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
     for (int j = 0; j < EIGHTS; j++) {
         const u32 at = base + AT_RECEIVED + ((j / CLUSTER * SOURCES + rank * WARPGROUPS + wg) * 128 + thread) * 16;
-        send4(of_rank(at, j % CLUSTER), of_rank(received, j % CLUSTER), acc[j * 4], acc[j * 4 + 1], acc[j * 4 + 2],
-              acc[j * 4 + 3]);
+        float* v = acc + j * 4;
+        if constexpr (CLUSTER > 1)
+            send4(of_rank(at, j % CLUSTER), of_rank(received, j % CLUSTER), v[0], v[1], v[2], v[3]);
+        else
+            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+                         : "memory");
     }
+    if constexpr (CLUSTER == 1) __syncthreads();
 
     if (slots == 0 || wg >= 2) return;
     // Warpgroup 0 finishes rows g, warpgroup 1 rows g + 8 of each warp's sixteen; two tokens a thread and slot.
@@ -196,7 +201,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             residual[s][e] = RESIDUAL && there ? load<RESIDUAL>(p.residual, (size_t)token * p.rows + row) : 0.0f;
             x_scale[s][e] = GIVEN && there ? p.x_scale[token * p.x_scale_step] : 1.0f;
         }
-    wait(received, 0);
+    if constexpr (CLUSTER > 1) wait(received, 0);
 #pragma unroll
     for (int s = 0; s < SLOTS; s++) {
         if (s >= slots) break;

@@ -8,10 +8,11 @@ import torch
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import activations, fp8, nvfp4, tiles
 from hybrid_policy.kernels.gate_up import NormPrologue, geglu_reference, prepare_gate_up
-from hybrid_policy.kernels.linear import prepare
+from hybrid_policy.kernels.linear import prepare, quantized
 from hybrid_policy.kernels.norm_output import NormOutput
 from hybrid_policy.kernels.nvfp4_activation import NVFP4Activation, nvfp4_dequantize, nvfp4_reference, unswizzle
 from hybrid_policy.kernels.stream import StreamWeight
+from hybrid_policy.kernels.stream_layers import StreamGateUp
 
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and not GPU
@@ -74,7 +75,7 @@ def test_gate_up(precision, m, n, k):
     if precision != "nvfp4_w4a16" and m > 64 and not GPU:
         pytest.skip("cuBLAS's route needs a GPU")
     gate, up, x = normal(n // 2, k) / k**0.5, normal(n // 2, k) / k**0.5, normal(m, k).bfloat16()
-    layer = prepare_gate_up(gate, up, precision, implementation="kernel")
+    layer = StreamGateUp(*(quantized(w, precision, None) for w in (gate, up)), precision)
     out = layer(x, out=poison(m, n // 2, dtype=torch.bfloat16))
     expected = geglu_reference(x, *(w.double() for w in layer.effective_weights()), None)
     # bf16 rounding of the output (which the interpreter truncates), and FP8's of the activations.
