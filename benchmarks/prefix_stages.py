@@ -109,7 +109,7 @@ def time_attention(rows: int, capacity: int) -> None:
         return lambda: call(q, c[0], c[1], valid, 0, out, pdl=True)
 
     shape = f"{rows}x8 rows"
-    for cluster in (1, 2, 3, 4):
+    for cluster in (2, 3) if ONLY_OWN else (1, 2, 3, 4):
         call = PrefixAttention(rows, 8, capacity, DEVICE, cluster=cluster, pdl=True)
         note(f"attention wgmma, cluster {cluster}, FP8 out", shape, chain(*(ours(call, c) for c in caches)))
     for plan in () if ONLY_OWN else (AttentionPlan(64, 32, 1, 4, 3), AttentionPlan(64, 64, 1, 8, 2)):
@@ -172,11 +172,8 @@ def own_product(rows: int, name: str, n: int, k: int) -> None:
     if gelu is not None:
         expected = F.gelu(expected, approximate="tanh").div(gelu).clamp(-448, 448)
     plan = fp8.plan_product(rows, n, k)
-    plans = [plan]
-    for nt, split in {"qkv": [(96, 1), (112, 1)], "out": [(72, 1), (144, 3), (72, 2)], "fc1": [(136, 1), (144, 1)],
-                      "fc2": [(144, 4), (72, 2), (144, 3), (192, 4)]}[name]:  # fmt: skip
-        stages = min(8, fp8.SHARED_LIMIT // fp8._stage_bytes(nt), max(2, -(-k // 128 // split)))
-        plans.append(fp8.ProductPlan(nt, split, stages))
+    others = {"qkv": (128, 112), "out": (80, 64), "fc1": (160, 224), "fc2": (80, 48)}[name]
+    plans = [plan, *(fp8.make_plan(nt, 2, 2, k) for nt in others), fp8.make_plan(plan.nt, 1, 1, k)]
     for each in dict.fromkeys(plans):
 
         def call(w, each=each):
@@ -185,7 +182,7 @@ def own_product(rows: int, name: str, n: int, k: int) -> None:
         error = relative(call(w8[0]), expected)
         again = all(torch.equal(call(w8[0]).view(torch.uint8), call(w8[0]).view(torch.uint8)) for _ in range(3))
         mark = "*" if each == plan else ""
-        text = f"vision {name} wgmma {each.nt} / {each.split}, {each.stages} stages{mark}{'' if again else ' DIFFERS'}"
+        text = f"vision {name} wgmma {each.nt}, {each.cm}x{each.cn}, {each.stages} stages{mark}{'' if again else ' DIFFERS'}"
         note(text, f"{rows}x{n}x{k}", chain(*(lambda w=w, c=call: c(w) for w in w8)), error)
 
 

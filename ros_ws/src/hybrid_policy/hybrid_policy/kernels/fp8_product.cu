@@ -1,11 +1,11 @@
 // y = epilogue(x W' * scale) for a few hundred rows, FP8 E4M3 on both sides: a tile of 128 rows and NT columns a block.
 //
-// At these sizes a product is a few microseconds of moving tiles out of the L2, so: one wave of blocks (the plan picks
-// NT for it), a long K cut between the SPLIT blocks of a cluster, whose partial sums meet in shared memory in the
-// order of the ranks, and the first STAGES tiles of W on their way before the kernel in front has ended. One warp
-// starts the copies, two warpgroups multiply.
+// At these sizes a product is a few microseconds of moving tiles out of the L2, whose rate is what bounds it. So CM x CN
+// blocks of a cluster read each tile once: the CN blocks of a row tile each fetch a part of it for all of them, and so
+// do the CM blocks of a column tile. One wave of blocks (the plan picks NT for it); the first STAGES tiles of W are on
+// their way before the kernel in front has ended. One warp starts the copies, two warpgroups multiply.
 //
-// Macros: NT, STAGES, SPLIT, BIAS, GELU (then the result is E4M3), PDL. wgmma_common.cu comes first, and before it
+// Macros: NT, STAGES, CM, CN, BIAS, GELU (then the result is E4M3), PDL. wgmma_common.cu comes first, and before it
 // ``product`` for NT (fp8_product.py).
 
 #define ROWS 128
@@ -13,29 +13,30 @@
 #define A_BYTES (ROWS * KT)
 #define STAGE_BYTES (A_BYTES + ((NT * KT + 1023) / 1024) * 1024)
 #define CONSUMERS 256
-#define STRIDE (NT + 4)               // floats of a row of partial sums
+#define STRIDE (NT + 4)               // floats of a row of sums
+#define BLOCKS (CM * CN)
 
 struct __align__(64) Arguments {
-    u8 x[128];         // tensor maps: boxes of ROWS and of NT rows
+    u8 x[128];         // tensor maps: boxes of ROWS / CN and of NT / CM rows
     u8 w[128];
     const u16* bias;   // bf16 [columns], where BIAS
     void* out;         // bf16 [rows, columns], or e4m3 where GELU
     int rows, columns;
-    int chunks;        // stages of K, over all ranks
+    int chunks;        // stages of K
     float scale;       // of the product
     float out_inverse; // of the result, where GELU
 };
 
-__device__ __forceinline__ float4 load_part(u32 address) {
-    float4 v;
-#if SPLIT > 1
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
-#else
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
-#endif
-    return v;
+// This block's part of the tiles of stage ``s``, to every block that needs it.
+__device__ __forceinline__ void fetch_x(const Arguments& a, u32 base, u32 full, int s, int chunk, int row0, int cm, int cn) {
+    u32 to = base + s * STAGE_BYTES + cn * (A_BYTES / CN);
+    if (CN == 1) copy_box(to, a.x, chunk * KT, row0, full + 8 * s);
+    else copy_box_to(to, a.x, chunk * KT, row0 + cn * (ROWS / CN), full + 8 * s, (u16)((1 | 1 << CM) << cm));
+}
+__device__ __forceinline__ void fetch_w(const Arguments& a, u32 base, u32 full, int s, int chunk, int column0, int cm, int cn) {
+    u32 to = base + s * STAGE_BYTES + A_BYTES + cm * (NT * KT / CM);
+    if (CM == 1) copy_box(to, a.w, chunk * KT, column0, full + 8 * s);
+    else copy_box_to(to, a.w, chunk * KT, column0 + cm * (NT / CM), full + 8 * s, (u16)(3 << CM * cn));
 }
 
 __device__ __forceinline__ u32 bf16_pair(float low, float high) {
@@ -57,48 +58,45 @@ __device__ __forceinline__ float gelu_tanh_of(float x) {
     return half + half * t;
 }
 
-extern "C" __global__ __launch_bounds__(CONSUMERS + 32, 1)
-#if SPLIT > 1
-__cluster_dims__(SPLIT, 1, 1)
-#endif
+extern "C" __global__ __launch_bounds__(CONSUMERS + 32, 1) __cluster_dims__(BLOCKS, 1, 1)
 void fp8_product(const __grid_constant__ Arguments a) {
     extern __shared__ u8 memory[];
     __shared__ u64 barriers[2 * STAGES];
     u32 base = (shared_address(memory) + 1023) & ~1023u;
     u32 full = shared_address(barriers), empty = full + 8 * STAGES;
-    int rank = blockIdx.x % SPLIT, tile = blockIdx.x / SPLIT;
-    int row_tiles = (a.rows + ROWS - 1) / ROWS;
-    int row0 = tile % row_tiles * ROWS, column0 = tile / row_tiles * NT;
-    int count = (a.chunks - rank + SPLIT - 1) / SPLIT;  // rank, rank + SPLIT, ...
+    int rank = blockIdx.x % BLOCKS, cm = rank % CM, cn = rank / CM;
+    int cluster = blockIdx.x / BLOCKS, row_tiles = (a.rows + ROWS * CM - 1) / (ROWS * CM);
+    int row0 = (cluster % row_tiles * CM + cm) * ROWS, column0 = (cluster / row_tiles * CN + cn) * NT;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(full + 8 * s, 1);
-            barrier_init(empty + 8 * s, CONSUMERS / 32);
+            // freed by every block that this block's copies go to
+            barrier_init(empty + 8 * s, CONSUMERS / 32 * (CM + CN - 1));
         }
         barriers_initialised();
     }
     __syncthreads();
+    if (BLOCKS > 1) cluster_meet();
     float sum[NT / 2];
     if (warp == CONSUMERS / 32) {
         if (lane == 0) {
             prefetch_map(a.x);
             prefetch_map(a.w);
-            int early = count < STAGES ? count : STAGES;
+            int early = a.chunks < STAGES ? a.chunks : STAGES;
             for (int i = 0; i < early; i++) {
                 expect(full + 8 * i, A_BYTES + NT * KT);
-                copy_box(base + i * STAGE_BYTES + A_BYTES, a.w, (i * SPLIT + rank) * KT, column0, full + 8 * i);
+                fetch_w(a, base, full, i, i, column0, cm, cn);
             }
             wait_for_predecessor();
             let_dependents_start();
-            for (int i = 0; i < early; i++)
-                copy_box(base + i * STAGE_BYTES, a.x, (i * SPLIT + rank) * KT, row0, full + 8 * i);
-            for (int i = early; i < count; i++) {
+            for (int i = 0; i < early; i++) fetch_x(a, base, full, i, i, row0, cm, cn);
+            for (int i = early; i < a.chunks; i++) {
                 int s = i % STAGES;
                 wait(empty + 8 * s, (i / STAGES - 1) & 1);
                 expect(full + 8 * s, A_BYTES + NT * KT);
-                copy_box(base + s * STAGE_BYTES, a.x, (i * SPLIT + rank) * KT, row0, full + 8 * s);
-                copy_box(base + s * STAGE_BYTES + A_BYTES, a.w, (i * SPLIT + rank) * KT, column0, full + 8 * s);
+                fetch_x(a, base, full, s, i, row0, cm, cn);
+                fetch_w(a, base, full, s, i, column0, cm, cn);
             }
         }
         __syncwarp();
@@ -106,7 +104,9 @@ void fp8_product(const __grid_constant__ Arguments a) {
 #pragma unroll
         for (int i = 0; i < NT / 2; i++) sum[i] = 0.0f;
         u32 group = warp / 4;
-        for (int i = 0; i < count; i++) {
+        // lanes 0 to CM + CN - 2 free a stage: here, at the other row tile, at the other column tile
+        u32 at = lane == 0 ? rank : CM > 1 && lane == 1 ? cn * CM + 1 - cm : (1 - cn) * CM + cm;
+        for (int i = 0; i < a.chunks; i++) {
             int s = i % STAGES;
             wait(full + 8 * s, (i / STAGES) & 1);
             u64 x = operand(base + s * STAGE_BYTES + group * (A_BYTES / 2)), w = operand(base + s * STAGE_BYTES + A_BYTES);
@@ -115,12 +115,15 @@ void fp8_product(const __grid_constant__ Arguments a) {
             for (int k = 0; k < 4; k++) product(sum, x + 2 * k, w + 2 * k);
             products_commit();
             products_wait<1>();  // the stage before is read
-            if (i > 0 && lane == 0) arrive(empty + 8 * ((i - 1) % STAGES));
+            if (i > 0 && lane < CM + CN - 1) {
+                if (BLOCKS > 1) arrive_at(empty + 8 * ((i - 1) % STAGES), at);
+                else arrive(empty + 8 * ((i - 1) % STAGES));
+            }
         }
         products_wait<0>();
         pin(sum);
     }
-    // every copy has landed and every product is done: the stages' memory takes the partial sums
+    // every copy into this block has landed and every product is done: the stages' memory takes the sums
     __syncthreads();
     if (warp < CONSUMERS / 32) {
         wait_for_predecessor();  // long past; orders this thread's writes of y behind its readers
@@ -131,27 +134,16 @@ void fp8_product(const __grid_constant__ Arguments a) {
             asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to + 32 * j + 8 * STRIDE * 4), "f"(sum[4 * j + 2]),
                          "f"(sum[4 * j + 3]) : "memory");
         }
-    }
-#if SPLIT > 1
-    asm volatile("fence.release.sync_restrict::shared::cta.cluster;\nbarrier.cluster.arrive.relaxed;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-#else
-    __syncthreads();
-#endif
-    // this rank's share of the rows, four columns a thread
-    if (warp < CONSUMERS / 32) {
-        constexpr int SHARE = (ROWS + SPLIT - 1) / SPLIT, FOURS = NT / 4;
+        // a warp reads its own rows alone: four columns a lane
+        __syncwarp();
+        constexpr int FOURS = NT / 4;
 #pragma unroll 4
-        for (int i = threadIdx.x; i < SHARE * FOURS; i += CONSUMERS) {
-            int r = rank * SHARE + i / FOURS, c = i % FOURS * 4;
-            if (r >= ROWS || row0 + r >= a.rows || column0 + c >= a.columns) continue;
-            float4 part[SPLIT];
-            u32 at = base + (r * STRIDE + c) * 4;
-#pragma unroll
-            for (int p = 0; p < SPLIT; p++) part[p] = load_part(SPLIT > 1 ? of_rank(at, p) : at);
-            float4 y = part[0];
-#pragma unroll
-            for (int p = 1; p < SPLIT; p++) y.x += part[p].x, y.y += part[p].y, y.z += part[p].z, y.w += part[p].w;
+        for (int i = lane; i < 16 * FOURS; i += 32) {
+            int r = warp * 16 + i / FOURS, c = i % FOURS * 4;
+            if (row0 + r >= a.rows || column0 + c >= a.columns) continue;
+            float4 y;
+            asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                         : "=f"(y.x), "=f"(y.y), "=f"(y.z), "=f"(y.w) : "r"(base + (r * STRIDE + c) * 4) : "memory");
             y.x *= a.scale, y.y *= a.scale, y.z *= a.scale, y.w *= a.scale;
 #if BIAS
             uint2 bias = *(const uint2*)(a.bias + column0 + c);
@@ -168,7 +160,6 @@ void fp8_product(const __grid_constant__ Arguments a) {
 #endif
         }
     }
-#if SPLIT > 1
-    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");  // peers read this memory
-#endif
+    // nobody leaves while a peer may still free a stage here
+    if (BLOCKS > 1) asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
 }

@@ -25,42 +25,48 @@ _ALIGN = 1024
 
 @dataclass(frozen=True)
 class ProductPlan:
-    """Columns of a tile, blocks of a cluster that cut K, stages of 128 values of K in flight."""
+    """Columns of a tile, row and column tiles of a cluster (1 or 2 each), stages of 128 values of K in flight."""
 
     nt: int
-    split: int
+    cm: int
+    cn: int
     stages: int
 
     @property
     def shared(self) -> int:
-        """Bytes of dynamic shared memory: the stages, or the partial sums that follow them in the same place."""
+        """Bytes of dynamic shared memory: the stages, or the sums that follow them in the same place."""
         return max(self.stages * _stage_bytes(self.nt), ROWS * (self.nt + 4) * 4) + 1024
+
+    def blocks(self, m: int, n: int) -> int:
+        """Of an [M, N], whole clusters."""
+        rows, columns = math.ceil(m / ROWS), math.ceil(n / self.nt)
+        return math.ceil(rows / self.cm) * math.ceil(columns / self.cn) * self.cm * self.cn
 
 
 def _stage_bytes(nt: int) -> int:
     return ROWS * 128 + math.ceil(nt * 128 / _ALIGN) * _ALIGN
 
 
-def plan_product(m: int, n: int, k: int, processors: int = 132) -> ProductPlan:
-    """The tile that one wave of blocks is estimated to finish first.
+def make_plan(nt: int, cm: int, cn: int, k: int) -> ProductPlan:
+    """As many stages as there is memory for, and use."""
+    return ProductPlan(nt, cm, cn, min(8, SHARED_LIMIT // _stage_bytes(nt), max(2, math.ceil(k / 128))))
 
-    A stage takes the longer of its bytes at 41 a clock and multiprocessor (what cuBLAS reaches out of an H100's L2)
-    and its products; the sums of a split meet at about 900 clocks, and 300 for each further rank.
+
+def plan_product(m: int, n: int, k: int, processors: int = 132) -> ProductPlan:
+    """The tile that is estimated to finish first, one wave of blocks if need be.
+
+    A stage takes the longer of all blocks' bytes at 3100 a clock (what an H100's L2 gives: 5.5 TB/s) and one block's
+    products; the epilogue 8 clocks a column. Clusters of four leave some of a GPU's multiprocessors over.
     """
-    chunks = math.ceil(k / 128)
-    best: tuple[float, int, int] | None = None
-    for split in (1, 2, 3, 4):
-        for nt in range(48, 209, 8):
-            blocks = math.ceil(m / ROWS) * math.ceil(n / nt) * split
-            waves = math.ceil(blocks / (processors * (1.0 if split <= 2 else 0.95)))
-            stage = max((ROWS + nt) * 128 / 41, 4 * nt)
-            clocks = waves * (math.ceil(chunks / split) * stage + 6 * nt) + (600 + 300 * split if split > 1 else 0)
-            if best is None or clocks < best[0]:
-                best = (clocks, nt, split)
-    assert best is not None
-    _, nt, split = best
-    stages = min(8, SHARED_LIMIT // _stage_bytes(nt), max(2, math.ceil(chunks / split)))
-    return ProductPlan(nt, split, stages)
+    cm, cn = (2 if m > ROWS else 1), 2
+    room = int(processors * 0.91) // (cm * cn) * (cm * cn)
+
+    def clocks(plan: ProductPlan) -> float:
+        blocks = plan.blocks(m, n)
+        bytes_ = min(blocks, room) * (ROWS / cn + plan.nt / cm) * 128
+        return math.ceil(blocks / room) * (math.ceil(k / 128) * max(bytes_ / 3100, 4 * plan.nt, 200) + 8 * plan.nt)
+
+    return min((make_plan(nt, cm, cn, k) for nt in range(32, 241, 16)), key=clocks)
 
 
 def product_source(nt: int) -> str:
@@ -98,7 +104,9 @@ def fits(capability: tuple[int, int], n: int, k: int) -> bool:
 
 @functools.cache
 def _kernel(plan: ProductPlan, bias: bool, gelu: bool, pdl: bool, device: int) -> Kernel:
-    macros = {"NT": plan.nt, "STAGES": plan.stages, "SPLIT": plan.split, "BIAS": int(bias), "GELU": int(gelu)}
+    macros = {
+        "NT": plan.nt, "STAGES": plan.stages, "CM": plan.cm, "CN": plan.cn, "BIAS": int(bias), "GELU": int(gelu),
+    }  # fmt: skip
     return Kernel(
         SOURCES, "fp8_product", macros | {"PDL": int(pdl)}, threads=THREADS, shared=plan.shared, pdl=pdl,
         specific=True, prelude=product_source(plan.nt),
@@ -144,11 +152,10 @@ def fp8_product(
         bias=bias.data_ptr() if bias is not None else None, out=out.data_ptr(), rows=m, columns=n,
         chunks=math.ceil(k / 128), scale=scale, out_inverse=1.0 / gelu_scale if gelu_scale is not None else 1.0,
     )  # fmt: skip
-    ctypes.memmove(arguments.x, tensor_map(x, ROWS), 128)
-    ctypes.memmove(arguments.w, tensor_map(weight, plan.nt), 128)
-    tiles = math.ceil(m / ROWS) * math.ceil(n / plan.nt)
+    ctypes.memmove(arguments.x, tensor_map(x, ROWS // plan.cn), 128)
+    ctypes.memmove(arguments.w, tensor_map(weight, plan.nt // plan.cm), 128)
     kernel = _kernel(plan, bias is not None, gelu_scale is not None, pdl, torch.cuda.current_device())
-    kernel((tiles * plan.split, 1), arguments)
+    kernel((plan.blocks(m, n), 1), arguments)
     return out
 
 

@@ -1,18 +1,19 @@
 // Attention of a vision transformer's layer, whole rows at once, for Hopper: TOKENS (at most 256) keys fit a warpgroup's
 // registers as scores, so there is one product, one softmax without a running maximum, and one product more.
 //
-// A block is one warpgroup: 64 query rows of one head of one view. Queries, keys and values come as they lie in the
+// A block is GROUPS warpgroups of 64 query rows each, of one head of one view. Queries, keys and values come as they lie in the
 // stacked projection, in pieces of 16 bytes: piece c of row r goes to c * stride + 16 r, which is wgmma's layout
 // without swizzle; the stride's odd 16 bytes keep the pieces of a row in different banks. A head dimension that is no
 // multiple of 16 gets a last piece of zeros.
 //
-// Macros: TOKENS, HEADS, HEAD_DIM, QUANTISE, PDL. wgmma_common.cu comes first, and before it ``scores_step`` and
+// Macros: TOKENS, HEADS, HEAD_DIM, GROUPS, QUANTISE, PDL. wgmma_common.cu comes first, and before it ``scores_step`` and
 // ``values_step`` (vision_attention.py).
 
 #define WIDTH (HEADS * HEAD_DIM)
 #define PIECES (HEAD_DIM / 8)
 #define PADDED ((PIECES + 1) / 2 * 2)
-#define BLOCK 64
+#define BLOCK (64 * GROUPS)
+#define THREADS (128 * GROUPS)
 #define Q_STRIDE (BLOCK * 16 + 16)
 #define K_STRIDE (TOKENS * 16 + 16)
 #define K_AT (PADDED * Q_STRIDE)
@@ -39,12 +40,12 @@ template <int ROWS>
 __device__ __forceinline__ void copy_head(u32 to, const u16* from) {
     constexpr int STRIDE = ROWS * 16 + 16;
 #pragma unroll
-    for (int i = 0; i < (ROWS * PIECES + 127) / 128; i++) {
-        int id = threadIdx.x + i * 128, row = id / PIECES, piece = id % PIECES;
-        if (ROWS * PIECES % 128 == 0 || row < ROWS) copy_piece(to + piece * STRIDE + row * 16, from + (long long)row * 3 * WIDTH + piece * 8);
+    for (int i = 0; i < (ROWS * PIECES + THREADS - 1) / THREADS; i++) {
+        int id = threadIdx.x + i * THREADS, row = id / PIECES, piece = id % PIECES;
+        if (ROWS * PIECES % THREADS == 0 || row < ROWS) copy_piece(to + piece * STRIDE + row * 16, from + (long long)row * 3 * WIDTH + piece * 8);
     }
     if (PADDED > PIECES)
-        for (int row = threadIdx.x; row < ROWS; row += 128)
+        for (int row = threadIdx.x; row < ROWS; row += THREADS)
             asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to + PIECES * STRIDE + row * 16), "r"(0) : "memory");
 }
 
@@ -67,7 +68,7 @@ __device__ __forceinline__ u32 bf16_pair(float low, float high) {
     return d;
 }
 
-extern "C" __global__ __launch_bounds__(128) void vision_attention(const __grid_constant__ Arguments a) {
+extern "C" __global__ __launch_bounds__(THREADS) void vision_attention(const __grid_constant__ Arguments a) {
     extern __shared__ u8 memory[];
     u32 base = (shared_address(memory) + 127) & ~127u;
     int block = blockIdx.x % (TOKENS / BLOCK), head = blockIdx.x / (TOKENS / BLOCK) % HEADS;
@@ -82,7 +83,7 @@ extern "C" __global__ __launch_bounds__(128) void vision_attention(const __grid_
     asm volatile("cp.async.commit_group;" ::: "memory");
     copies_landed<1>();
     float s[TOKENS / 2];
-    u64 q = plain_operand(base, Q_STRIDE, 128), k = plain_operand(base + K_AT, K_STRIDE, 128);
+    u64 q = plain_operand(base + threadIdx.x / 128 * 1024, Q_STRIDE, 128), k = plain_operand(base + K_AT, K_STRIDE, 128);
     products_begin();
 #pragma unroll
     for (int i = 0; i < PADDED / 2; i++)

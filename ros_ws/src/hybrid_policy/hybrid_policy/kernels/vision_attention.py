@@ -16,7 +16,8 @@ from hybrid_policy.kernels.norm import E4M3_MAX
 from hybrid_policy.kernels.nvrtc import Kernel
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("wgmma_common.cu", "vision_attention.cu"))
-BLOCK = 64
+#: query rows of a warpgroup
+ROWS = 64
 
 
 def vision_attention_reference(qkv: Tensor, heads: int, tokens: int, out: Tensor, out_scale: float | None) -> None:
@@ -33,7 +34,7 @@ def vision_attention_reference(qkv: Tensor, heads: int, tokens: int, out: Tensor
 
 def fits(capability: tuple[int, int], tokens: int, head_dim: int) -> bool:
     """Whether vision_attention.cu takes these: Hopper, 64 to 256 tokens a view in whole blocks, short heads."""
-    return capability == (9, 0) and tokens % BLOCK == 0 and tokens <= 256 and head_dim % 8 == 0 and head_dim <= 96
+    return capability == (9, 0) and tokens % ROWS == 0 and tokens <= 256 and head_dim % 8 == 0 and head_dim <= 96
 
 
 def step_source(tokens: int, head_dim: int) -> str:
@@ -62,10 +63,15 @@ def step_source(tokens: int, head_dim: int) -> str:
     )  # fmt: skip
 
 
+def plan_groups(tokens: int) -> int:
+    """Warpgroups of a block, which share its keys and values: two, where a view's rows divide by them."""
+    return 2 if tokens % (2 * ROWS) == 0 else 1
+
+
 def shared_bytes(tokens: int, head_dim: int) -> int:
     """Dynamic shared memory of a block."""
     padded = -(-head_dim // 16) * 2
-    return padded * (BLOCK * 16 + 16) + 2 * padded * (tokens * 16 + 16) + 128
+    return padded * (plan_groups(tokens) * ROWS * 16 + 16) + 2 * padded * (tokens * 16 + 16) + 128
 
 
 class _Arguments(ctypes.Structure):
@@ -79,9 +85,10 @@ class _Arguments(ctypes.Structure):
 
 @functools.cache
 def _kernel(tokens: int, heads: int, head_dim: int, quantise: bool, pdl: bool, device: int) -> Kernel:
-    macros = {"TOKENS": tokens, "HEADS": heads, "HEAD_DIM": head_dim, "QUANTISE": int(quantise), "PDL": int(pdl)}
+    groups = plan_groups(tokens)
+    macros = {"TOKENS": tokens, "HEADS": heads, "HEAD_DIM": head_dim, "GROUPS": groups, "QUANTISE": int(quantise)}
     return Kernel(
-        SOURCES, "vision_attention", macros, threads=128, shared=shared_bytes(tokens, head_dim), pdl=pdl,
+        SOURCES, "vision_attention", macros | {"PDL": int(pdl)}, threads=128 * groups, shared=shared_bytes(tokens, head_dim), pdl=pdl,
         specific=True, prelude=step_source(tokens, head_dim),
     )  # fmt: skip
 
@@ -113,4 +120,4 @@ def vision_attention(
         inverse=1.0 / out_scale if out_scale is not None else 1.0,
     )  # fmt: skip
     kernel = _kernel(tokens, heads, head_dim, eight, pdl, torch.cuda.current_device())
-    kernel((rows // BLOCK * heads, 1), arguments)
+    kernel((rows // (ROWS * plan_groups(tokens)) * heads, 1), arguments)
