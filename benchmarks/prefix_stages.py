@@ -182,7 +182,8 @@ def own_product(rows: int, name: str, n: int, k: int) -> None:
         error = relative(call(w8[0]), expected)
         again = all(torch.equal(call(w8[0]).view(torch.uint8), call(w8[0]).view(torch.uint8)) for _ in range(3))
         mark = "*" if each == plan else ""
-        text = f"vision {name} wgmma {each.nt}, {each.cm}x{each.cn}, {each.stages} stages{mark}{'' if again else ' DIFFERS'}"
+        mark += "" if again else " DIFFERS"
+        text = f"vision {name} wgmma {each.nt}, {each.cm}x{each.cn}, {each.stages} stages{mark}"
         note(text, f"{rows}x{n}x{k}", chain(*(lambda w=w, c=call: c(w) for w in w8)), error)
 
 

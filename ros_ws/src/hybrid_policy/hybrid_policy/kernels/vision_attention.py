@@ -88,8 +88,8 @@ def _kernel(tokens: int, heads: int, head_dim: int, quantise: bool, pdl: bool, d
     groups = plan_groups(tokens)
     macros = {"TOKENS": tokens, "HEADS": heads, "HEAD_DIM": head_dim, "GROUPS": groups, "QUANTISE": int(quantise)}
     return Kernel(
-        SOURCES, "vision_attention", macros | {"PDL": int(pdl)}, threads=128 * groups, shared=shared_bytes(tokens, head_dim), pdl=pdl,
-        specific=True, prelude=step_source(tokens, head_dim),
+        SOURCES, "vision_attention", macros | {"PDL": int(pdl)}, threads=128 * groups,
+        shared=shared_bytes(tokens, head_dim), pdl=pdl, specific=True, prelude=step_source(tokens, head_dim),
     )  # fmt: skip
 
 
