@@ -2,7 +2,8 @@
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) expert_loop(const Arguments p) {
     extern __shared__ __align__(1024) u8 memory[];
-    __shared__ u64 ring_barriers[8 * SLOTS], sum_barrier;
+    __shared__ u64 ring_barriers[SLOTS], sum_barrier;
+    __shared__ u32 ring_counts[SLOTS];
     __shared__ float squares[4][MT], own_squares[4][8];
     __shared__ AttentionMemory attention;
 
@@ -21,24 +22,22 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
     u32 pair_parity = 0;
 
     Ring ring;
-    ring.data = base + A_RINGS + at.warp * (SLOTS * 1280);
-    ring.barriers = shared_address(ring_barriers) + at.warp * SLOTS * 8;
+    ring.data = base + A_RINGS, ring.barriers = shared_address(ring_barriers), ring.counts = shared_address(ring_counts);
     ring.qkv_pieces = projects ? N_QKV : 0;
-    ring.slot = ring.position = 0, ring.parity = 0;
     ring.left = p.layers * ring.layer_pieces();
     {
-        constexpr int TAIL = N_O * Piece<FORMAT_O>::BYTES + N_GATE_UP * Piece<FORMAT_GATE_UP>::BYTES + N_DOWN * Piece<FORMAT_DOWN>::BYTES;
-        constexpr int LONG = TAIL + N_QKV * Piece<FORMAT_QKV>::BYTES;
-        const size_t before = (size_t)min((int)blockIdx.x, 2 * QKV_PAIRS) * LONG + (size_t)max((int)blockIdx.x - 2 * QKV_PAIRS, 0) * TAIL;
-        ring.next = p.weights + (before * 8 + (size_t)at.warp * (projects ? LONG : TAIL)) * p.layers;
+        constexpr int TAIL = 8 * (N_O * Piece<FORMAT_O>::BYTES + N_GATE_UP * Piece<FORMAT_GATE_UP>::BYTES + N_DOWN * Piece<FORMAT_DOWN>::BYTES);
+        constexpr int LONG = TAIL + 8 * N_QKV * Piece<FORMAT_QKV>::BYTES;
+        const int block = blockIdx.x;
+        ring.next = p.weights + ((size_t)min(block, 2 * QKV_PAIRS) * LONG + (size_t)max(block - 2 * QKV_PAIRS, 0) * TAIL) * p.layers;
     }
     u64 policy;  // weights pass once a step: they shall not push keys and vectors out of L2
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    if (at.tid < 8 * SLOTS) barrier_init(shared_address(ring_barriers + at.tid));
-    if (at.tid == 0) barrier_init(pair_barrier);
+    if (at.tid < SLOTS) barrier_init(shared_address(ring_barriers + at.tid), 1), ring_counts[at.tid] = 0;
+    if (at.tid == 0) barrier_init(pair_barrier, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-    for (int slot = 0; slot < SLOTS; slot++) ring.ask(slot, at.lane, policy);
+    ring.fill(policy);
 
     wait_for_predecessor();
     const KeyRange range(p.valid[0], at.part);
@@ -51,7 +50,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
     float4 h = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     int turn = p.turn;
     u8* mail = p.mail + turn * MAIL;
-    u8* next = p.mail + (turn + 1) % 3 * MAIL;
+    u8* next = p.mail + (turn + 2) % 4 * MAIL;
     u8* parcels = p.parcels + turn * PARCELS;
     if (holds) {
         if (own_token < TOKENS) h = float4_at(h_at);
@@ -74,7 +73,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
                 MARK(4);
                 if (attends) {
                     fetch_prefix(at, range, pair_sums, p.values + cache);
-                    attend(at, range, memory, attention, mail, next, parcels, p.scale);
+                    attend(at, range, memory, attention, mail, next, parcels, p.scale, p, layer);
                 }
             }
             MARK(stage == QKV ? 0 : 4 * stage + 1);
@@ -119,9 +118,9 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
             const int format = stage == QKV ? FORMAT_QKV : stage == OUT ? FORMAT_O : stage == GATE_UP ? FORMAT_GATE_UP : FORMAT_DOWN;
             const int pieces = stage == QKV ? N_QKV : stage == OUT ? N_O : stage == GATE_UP ? N_GATE_UP : N_DOWN;
             const u32 operand = stage == GATE_UP ? x : mine;  // there both warpgroups take all columns of the block
-            if (HAS_FORMAT(0) && format == 0) product<0>(d, ring, operand, pieces, at.lane, policy);
-            if (HAS_FORMAT(1) && format == 1) product<1>(d, ring, operand, pieces, at.lane, policy);
-            if (HAS_FORMAT(2) && format == 2) product<2>(d, ring, operand, pieces, at.lane, policy);
+            if (HAS_FORMAT(0) && format == 0) product<0>(d, ring, operand, pieces, at.warp, at.lane, policy);
+            if (HAS_FORMAT(1) && format == 1) product<1>(d, ring, operand, pieces, at.warp, at.lane, policy);
+            if (HAS_FORMAT(2) && format == 2) product<2>(d, ring, operand, pieces, at.warp, at.lane, policy);
             MARK(stage == QKV ? 2 : 4 * stage + 3);
 
             if (in_pair) {
@@ -136,6 +135,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
             }
             if (stage == QKV) {
                 const int i = row % HEAD_DIM / 2, head = row / HEAD_DIM;
+                int boxes[2] = {-1, -1};
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     const int tile = at.group + 2 * j;
@@ -151,8 +151,13 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
                     const int box = (head < HEADS ? M_Q + (token * HEADS + head) * HEAD_DIM * 2 : (head == HEADS ? M_K : M_V) + token * HEAD_DIM * 2) + i * 2;
                     post(mail + box, pack_bf16(p0 * b.x - q0 * b.z, p1 * b.y - q1 * b.w));
                     post(mail + box + HALF * 2, pack_bf16(q0 * b.x + p0 * b.z, q1 * b.y + p1 * b.w));
-                    post(next + box, EMPTY);
-                    post(next + box + HALF * 2, EMPTY);
+                    boxes[j] = box;
+                }
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    if (boxes[j] < 0) continue;
+                    post(next + boxes[j], EMPTY);
+                    post(next + boxes[j] + HALF * 2, EMPTY);
                 }
                 __syncthreads();  // the sums are read: values may take their place
             } else if (stage == GATE_UP) {
@@ -164,19 +169,22 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
                     const float root = root_of(squares, token, p.eps);
                     const float a = geglu(fmaf(v.x * root, scale.x, second.x), fmaf(v.y * root, scale.y, second.y));
                     const float b = geglu(fmaf(v.z * root, scale.z, second.z), fmaf(v.w * root, scale.w, second.w));
-                    const int place = M_ACT + (token * FEATURES + row / 2) * 2;
-                    post(mail + place, pack_bf16(a, b));
-                    post(next + place, EMPTY);
+                    post(mail + M_ACT + (token * FEATURES + row / 2) * 2, pack_bf16(a, b));
+                }
+#pragma unroll 1
+                for (int n = 0; n < tiles; n++) {
+                    const int token = ((low ? 0 : LOW_TILES) + n) * 8 + own_in_tile;
+                    if (token < TOKENS) post(next + M_ACT + (token * FEATURES + row / 2) * 2, EMPTY);
                 }
             } else {
                 u8* const sums_at = parcels + (stage == OUT ? P_OUT : P_DOWN);
                 post_to_owners(at, d, scratch, sums_at);
                 if (stage == DOWN) {
-                    asm volatile("fence.acq_rel.gpu;" ::: "memory");  // what this layer emptied is empty for everybody
-                    __syncthreads();                                  // before the next layer's mail
-                    turn = turn == 2 ? 0 : turn + 1;
-                    mail = next, parcels = p.parcels + turn * PARCELS;
-                    next = p.mail + (turn == 2 ? 0 : turn + 1) * MAIL;
+                    turn = (turn + 1) % 4;
+                    mail = p.mail + turn * MAIL, next = p.mail + (turn + 2) % 4 * MAIL, parcels = p.parcels + turn * PARCELS;
+                    // what the block has emptied so far is empty for everybody before its mail of the next layer, and
+                    // wanted a layer later; this warpgroup has nothing else to do now
+                    if (at.group == 1) asm volatile("fence.acq_rel.gpu;" ::: "memory");
                 }
                 MARK(stage == OUT ? 8 : 15);
                 if (holds) {
@@ -187,7 +195,9 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
                         post_stream(at, h, third[0], mail, next, stage == OUT ? M_IN2 : M_IN1, stage == OUT ? M_SQUARES2 : M_SQUARES1, own_squares);
                     else if (own_token < TOKENS)
                         *reinterpret_cast<float4*>(h_at) = h;
+                    empty_parts(at, sums_at);
                 }
+                if (stage == DOWN) __syncthreads();  // the scratch is read: values may take its place
             }
             if (stage == QKV) MARK(3);
             if (stage == GATE_UP) MARK(12);

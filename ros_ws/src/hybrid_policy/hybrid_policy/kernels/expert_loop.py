@@ -171,21 +171,22 @@ class ExpertLoop:
             at += sizes[name]
         self._long, self._sizes = at, sizes
         blocks, tail = TILES * PARTS, at - sizes["qkv"]
-        head = QKV_BLOCKS * WARPS * layers * self._long
-        self.weights = torch.empty(head + (blocks - QKV_BLOCKS) * WARPS * layers * tail, dtype=torch.uint8, device=device)
-        self._with_qkv = self.weights[:head].view(QKV_BLOCKS, WARPS, layers, self._long)
-        self._without = self.weights[head:].view(blocks - QKV_BLOCKS, WARPS, layers, tail)
+        head = QKV_BLOCKS * layers * WARPS * self._long
+        self.weights = torch.empty(head + (blocks - QKV_BLOCKS) * layers * WARPS * tail, dtype=torch.uint8, device=device)
+        self._with_qkv = self.weights[:head].view(QKV_BLOCKS, layers, WARPS * self._long)
+        self._without = self.weights[head:].view(blocks - QKV_BLOCKS, layers, WARPS * tail)
         rows = sum(shape[0] for shape in STAGES.values())
         self.row_scale = torch.empty(layers, rows, device=device)
         self.vectors = torch.empty(steps, layers, rows + 2 * WIDTH, device=device)
-        self._mail = torch.full((3, plan.mail_words), _EMPTY, dtype=torch.int32, device=device)
-        self._parcels = torch.full((3, plan.parcel_words), _EMPTY, dtype=torch.int32, device=device)
-        self.clocks = torch.zeros(blocks, layers, 16, dtype=torch.int64, device=device) if trace else None
+        self._mail = torch.full((4, plan.mail_words), _EMPTY, dtype=torch.int32, device=device)
+        self._parcels = torch.full((4, plan.parcel_words), _EMPTY, dtype=torch.int32, device=device)
+        self.clocks = torch.zeros(blocks, layers, 24, dtype=torch.int64, device=device) if trace else None
         macros = {"TOKENS": tokens, "MT": plan.padded, "KEYS": plan.keys, "SLOTS": plan.slots}
         macros |= {f"FORMAT_{name.upper()}": expert.FORMATS[fmt] for name, fmt in formats.items()}
         self._kernel = Kernel(
             SOURCES, "expert_loop", macros | {"PDL": int(pdl), "TRACE": int(trace)},
-            threads=WARPS * 32, shared=plan.shared(), pdl=pdl, specific=True,
+            threads=WARPS * 32,
+             shared=plan.shared(), pdl=pdl, specific=True,
         )  # fmt: skip
         room, pairs = self._kernel.active_clusters((blocks, 1), 2), blocks // 2
         if room < pairs:
@@ -217,12 +218,13 @@ class ExpertLoop:
         count = STAGES[stage][2] // steps
         index = (first // steps)[..., None] + torch.arange(count, device=values.device)
         active = QKV_BLOCKS if stage == "qkv" else len(tiles)
-        taken = cut[tiles[:active, :, None], index[:active]].flatten(2)  # [blocks, warps, bytes]
-        offset = self._offsets[stage]
-        self._with_qkv[:, :, layer, offset : offset + count * size] = taken[:QKV_BLOCKS]
+        taken = cut[tiles[:active, :, None], index[:active]]  # [blocks, warps, pieces, bytes]
+        taken = taken.transpose(1, 2).flatten(1)
+        begin, length = WARPS * self._offsets[stage], taken.shape[1]
+        self._with_qkv[:, layer, begin : begin + length] = taken[:QKV_BLOCKS]
         if stage != "qkv":
-            offset -= self._sizes["qkv"]
-            self._without[:, :, layer, offset : offset + count * size] = taken[QKV_BLOCKS:]
+            begin -= WARPS * self._sizes["qkv"]
+            self._without[:, layer, begin : begin + length] = taken[QKV_BLOCKS:]
 
     def modulate(self, layer: int, factors: tuple[Tensor, Tensor], gates: tuple[Tensor, Tensor]) -> None:
         """A layer's two norms: 1 + scale, and gate, float32 [steps, WIDTH] each."""
@@ -264,7 +266,7 @@ class ExpertLoop:
                 self.weights.data_ptr(), self.row_scale.data_ptr(), self.vectors[step].data_ptr(), h.data_ptr(),
                 keys.data_ptr(), values.data_ptr(), tables[0].data_ptr(), tables[1].data_ptr(), valid.data_ptr(),
                 self._mail.data_ptr(), self._parcels.data_ptr(), None if self.clocks is None else self.clocks.data_ptr(),
-                self._layers, self._capacity, step * self._layers % 3, 1e-6, HEAD_DIM**-0.5 * 1.4426950408889634,
+                self._layers, self._capacity, step * self._layers % 4, 1e-6, HEAD_DIM**-0.5 * 1.4426950408889634,
             ),
         )  # fmt: skip
 

@@ -33,7 +33,7 @@ struct AttentionMemory {
 };
 
 __device__ __forceinline__ void attend(
-    const Place& at, const KeyRange& range, u8* memory, AttentionMemory& m, u8* mail, u8* next, u8* parcels, float scale) {
+    const Place& at, const KeyRange& range, u8* memory, AttentionMemory& m, u8* mail, u8* next, u8* parcels, float scale, const Arguments& p, int layer) {
     const u32 base = shared_address(memory), k_to = base + A_X, v_to = base + A_SUMS, q_to = base + A_Q;
     const int first_row = at.tile * QUERIES, lane = at.lane, warp = at.warp;
     {  // four pieces of the queries, and one of the chunk's own keys and values
@@ -68,6 +68,7 @@ __device__ __forceinline__ void attend(
     }
     copies_done();
     __syncthreads();
+    MARK(16);
 
     const int count = range.count(), g = at.g, t = at.t;
     float s[2][2][4], top[2][2];
@@ -159,6 +160,7 @@ __device__ __forceinline__ void attend(
             mma(acc[1][n + 1], a1, b[2], b[3]);
         }
     }
+    MARK(17);
     // This part's result, normalised, goes to the parts that own its dims: warp w's to part w. A row's maximum and sum
     // go to all of them.
     u8* const outgoing = parcels + P_SEEN + (size_t)((at.tile * PARTS + warp) * PARTS + at.part) * 2048 + lane * 8;
@@ -190,6 +192,7 @@ __device__ __forceinline__ void attend(
     uint2 stats[PARTS], parts[PARTS];
 #pragma unroll
     for (int c = 0; c < PARTS; c++) stats[c] = peek2(tops_at + c * (QUERIES * 8)), parts[c] = peek2(incoming + c * 2048);
+    MARK(18);
     float best = MINUS_INFINITY;
 #pragma unroll
     for (int c = 0; c < PARTS; c++) {
@@ -205,8 +208,7 @@ __device__ __forceinline__ void attend(
         o[0] = fmaf(w, low_of(v.x), o[0]), o[1] = fmaf(w, high_of(v.x), o[1]);
         o[2] = fmaf(w, low_of(v.y), o[2]), o[3] = fmaf(w, high_of(v.y), o[3]);
     }
-#pragma unroll
-    for (int c = 0; c < PARTS; c++) post2(incoming + c * 2048, EMPTY, EMPTY);
+    MARK(19);
     if (row < TOKENS * HEADS) {
         const float inverse = 1.0f / weight;
         const int place = M_SEEN + (row * HEAD_DIM + at.part * DIMS + warp % 2 * 16 + t * 2) * 2;
@@ -215,4 +217,6 @@ __device__ __forceinline__ void attend(
         post(next + place, EMPTY);
         post(next + place + 16, EMPTY);
     }
+#pragma unroll
+    for (int c = 0; c < PARTS; c++) post2(incoming + c * 2048, EMPTY, EMPTY);
 }

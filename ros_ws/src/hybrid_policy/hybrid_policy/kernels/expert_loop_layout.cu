@@ -1,6 +1,6 @@
 // ------------------------------------------------------------------------------- all layers of the expert, one launch
-// 128 blocks, 16 tiles of 8 parts, stay on the device for a whole pass over the layers. Weights stream into each warp's
-// ring, ahead of need; blocks hand each other activations as mail (expert_loop_parts.cu), so that a stage begins as soon
+// 128 blocks, 16 tiles of 8 parts, stay on the device for a whole pass over the layers. Weights stream into a ring,
+// ahead of need; blocks hand each other activations as mail (expert_loop_parts.cu), so that a stage begins as soon
 // as its last word is there. The residual stream never leaves the registers of the blocks that own it.
 //
 // Rows of W and parts of K:    rows               K
@@ -45,7 +45,7 @@ __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int round_up(int a, int to) { return (a + to - 1) / to * to; }
 constexpr int A_X = 0, A_SUMS = round_up(larger(MT * 1024, KEYS * PITCH), 1024);
 constexpr int A_Q = A_SUMS + larger(SUMS + SCRATCH, round_up(KEYS * PITCH, 128)), A_P = A_Q + QUERIES * PITCH;
-constexpr int A_RINGS = round_up(A_P + QUERIES * P_PITCH, 128), SHARED = A_RINGS + 8 * SLOTS * 1280;
+constexpr int A_RINGS = round_up(A_P + QUERIES * P_PITCH, 128), SHARED = A_RINGS + SLOTS * SLOT;
 static_assert(KEYS % 16 == 0 && KEYS <= 128 && SHARED <= 232448 - 5120, "shared memory");
 
 constexpr int N_QKV = 16 / Piece<FORMAT_QKV>::STEPS, N_O = 8 / Piece<FORMAT_O>::STEPS;
@@ -54,15 +54,15 @@ constexpr int N_GATE_UP = 32 / Piece<FORMAT_GATE_UP>::STEPS, N_DOWN = 16 / Piece
 #define HAS_FORMAT(f) (FORMAT_QKV == f || FORMAT_O == f || FORMAT_GATE_UP == f || FORMAT_DOWN == f)
 
 __device__ __forceinline__ int Ring::layer_pieces() const { return qkv_pieces + N_O + N_GATE_UP + N_DOWN; }
-__device__ __forceinline__ int Ring::bytes_at(int place) const {
-    place -= qkv_pieces;
-    if (place < 0) return Piece<FORMAT_QKV>::BYTES;
-    if (place < N_O) return Piece<FORMAT_O>::BYTES;
-    return place < N_O + N_GATE_UP ? Piece<FORMAT_GATE_UP>::BYTES : Piece<FORMAT_DOWN>::BYTES;
+__device__ __forceinline__ int Ring::bytes() const {
+    const int place = position - qkv_pieces;
+    if (place < 0) return 8 * Piece<FORMAT_QKV>::BYTES;
+    if (place < N_O) return 8 * Piece<FORMAT_O>::BYTES;
+    return 8 * (place < N_O + N_GATE_UP ? Piece<FORMAT_GATE_UP>::BYTES : Piece<FORMAT_DOWN>::BYTES);
 }
 
 struct Arguments {
-    const u8* weights;       // [blocks, warps, layers, pieces]; the blocks that project q, k, v first: theirs are longer
+    const u8* weights;       // [blocks, layers, pieces, warps, bytes]; the blocks that project q, k, v first: theirs are longer
     const float* row_scale;  // [layers, R_LAYER]
     const float* vectors;    // this flow step's [layers, V_LAYER]
     float* h;                // [TOKENS, WIDTH], the residual stream: in and out
@@ -71,9 +71,9 @@ struct Arguments {
     const float* cosines;    // [capacity, HALF]
     const float* sines;
     const int* valid;        // keys of the prefix
-    u8* mail;                // [3, MAIL]
-    u8* parcels;             // [3, PARCELS]
-    long long* trace;        // [blocks, layers, 16] clocks, where TRACE
+    u8* mail;                // [4, MAIL]
+    u8* parcels;             // [4, PARCELS]
+    long long* trace;        // [blocks, layers, 24] clocks, where TRACE
     int layers, capacity, turn;  // turn: which copy of the mail the first layer takes
     float eps, scale;            // scale: log2(e) / sqrt(HEAD_DIM)
 };
@@ -87,7 +87,7 @@ struct Place {  // who this thread is
 __device__ __forceinline__ float4 float4_at(const float* from) { return *reinterpret_cast<const float4*>(from); }
 
 #if TRACE
-#define MARK(i) if (at.tid == 0) p.trace[((size_t)blockIdx.x * p.layers + layer) * 16 + i] = clock64()
+#define MARK(i) if (at.tid == 0) p.trace[((size_t)blockIdx.x * p.layers + layer) * 24 + (i)] = clock64()
 #else
 #define MARK(i)
 #endif
@@ -99,10 +99,8 @@ __device__ __forceinline__ void post_stream(
     const int own = 2 * at.t + at.odd, token = at.part * 8 + own;
     const int column = at.tile * 64 + at.warp * 16 + at.g / 2 * 4;
     const int place = input + (token * WIDTH + column) * 2;
-    if (token < TOKENS) {
+    if (token < TOKENS)
         post2(mail + place, pack_bf16(h.x * factor.x, h.y * factor.y), pack_bf16(h.z * factor.z, h.w * factor.w));
-        post2(next + place, EMPTY, EMPTY);
-    }
     float sum = h.x * h.x + h.y * h.y + h.z * h.z + h.w * h.w;
     sum += __shfl_xor_sync(0xffffffffu, sum, 8);
     sum += __shfl_xor_sync(0xffffffffu, sum, 16);
@@ -113,6 +111,7 @@ __device__ __forceinline__ void post_stream(
         post(mail + box, __float_as_uint(sums[0][at.tid] + sums[1][at.tid] + sums[2][at.tid] + sums[3][at.tid]));
         post(next + box, EMPTY);
     }
+    if (token < TOKENS) post2(next + place, EMPTY, EMPTY);
 }
 
 // A quarter of the sums of squares of token tid % 64: asked for early, checked late
@@ -183,7 +182,7 @@ __device__ __forceinline__ void post_to_owners(const Place& at, const float* d, 
     if (at.group == 0) post_tiles<0, LOW_TILES>(at, d, scratch, box); else post_tiles<LOW_TILES, NT>(at, d, scratch, box);
 }
 
-// What post_to_owners sent to this block, added in the order of the parts, and the boxes left empty; by a warpgroup
+// What post_to_owners sent to this block, added in the order of the parts; by a warpgroup
 __device__ __forceinline__ float4 sum_of_parts(const Place& at, u8* parcels) {
     u8* const box = parcels + ((size_t)(at.tile * NT + at.part) * PARTS * 4 + at.warp % 4) * 512 + at.lane * 16;
     uint4 v[PARTS];
@@ -203,8 +202,11 @@ __device__ __forceinline__ float4 sum_of_parts(const Place& at, u8* parcels) {
         sum.x += __uint_as_float(v[i].x), sum.y += __uint_as_float(v[i].y);
         sum.z += __uint_as_float(v[i].z), sum.w += __uint_as_float(v[i].w);
     }
-    const uint4 empty = make_uint4(EMPTY, EMPTY, EMPTY, EMPTY);
-#pragma unroll
-    for (int i = 0; i < PARTS; i++) post4(box + i * 2048, empty);
     return sum;
+}
+
+__device__ __forceinline__ void empty_parts(const Place& at, u8* parcels) {
+    u8* const box = parcels + ((size_t)(at.tile * NT + at.part) * PARTS * 4 + at.warp % 4) * 512 + at.lane * 16;
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) post4(box + i * 2048, make_uint4(EMPTY, EMPTY, EMPTY, EMPTY));
 }

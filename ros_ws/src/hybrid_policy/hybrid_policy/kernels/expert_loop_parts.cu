@@ -1,5 +1,5 @@
 // ------------------------------------------------------------------------------------ the loop kernel's parts
-// What expert_loop.cu's stages are made of: a ring of weights a warp, mail between blocks, warpgroup products, and the
+// What expert_loop.cu's stages are made of: a ring of weights, mail between blocks, warpgroup products, and the
 // exchange of partial sums in a cluster. Compiled for sm_90a (wgmma).
 
 constexpr int NT = MT / 8;             // token tiles of a product
@@ -12,8 +12,12 @@ __device__ __forceinline__ void publish_to_tensor_core() { asm volatile("fence.p
 
 // ---- barriers that count bytes
 
-__device__ __forceinline__ void barrier_init(u32 barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+__device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ void expect_bytes(u32 barrier, u32 bytes) {
@@ -31,44 +35,64 @@ __device__ __forceinline__ void wait_bytes(u32 barrier, u32 parity) {
     }
 }
 
-// ---- weights: each warp streams its own, in the order in which it uses them
+// ---- weights: one bulk copy brings the next piece of all eight warps, in the order of their use, as soon as the last of
+// them has read what was there. (A copy a warp costs eight times the issue, some 50 cycles each, one after the other.)
 
-template <int FORMAT> struct Piece {  // what one bulk copy brings
+template <int FORMAT> struct Piece {  // a warp's share of one bulk copy
     static constexpr int STEPS = FORMAT == 0 ? 2 : FORMAT == 1 ? 4 : 8;  // k steps of 16
     static constexpr int BYTES = FORMAT == 2 ? 1280 : 1024;              // NVFP4: 2 x 512 of codes, 2 x 128 of scales
 };
+constexpr int SLOT = 8 * 1280;
 
 struct Ring {
-    u32 data, barriers;    // of this warp, in shared memory
-    const u8* next;        // the next piece to ask for
-    int left;              // pieces not yet asked for
-    int position;          // its place in its layer
-    int slot;              // the piece to use next
-    u32 parity;
+    u32 data, barriers, counts;   // slots; a barrier, and how often a warp has read it, of each
+    const u8* next = nullptr;     // the piece SLOTS ahead of the one to be used
+    int left = 0, position = 0;   // how many pieces are still to be asked for; place of ``next`` in its layer
+    int slot = 0;                 // of the piece to be used
+    u32 parity = 0;
+    int qkv_pieces = 0;
+    // what this lane asks for if it was the last to read: decided one piece later, when the count is there
+    const u8* late = nullptr;
+    int late_slot = 0, late_bytes = 0;
+    u32 ticket = 0;
 
-    __device__ __forceinline__ int bytes_at(int place) const;  // of a layer's pieces, in expert_loop.cu
+    __device__ __forceinline__ int bytes() const;         // of ``next``; in expert_loop_layout.cu
     __device__ __forceinline__ int layer_pieces() const;
-    int qkv_pieces;
 
-    __device__ __forceinline__ void ask(int into, int lane, u64 policy) {
-        if (left == 0) return;
-        const int bytes = bytes_at(position);
-        if (lane == 0) {
-            const u32 barrier = barriers + into * 8;
-            expect_bytes(barrier, bytes);
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-                         ::"r"(data + into * 1280), "l"(next), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
-        }
-        next += bytes, left--;
+    __device__ __forceinline__ void ask(const u8* from, int into, int size, u64 policy) const {
+        const u32 barrier = barriers + into * 8;
+        expect_bytes(barrier, size);
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+                     ::"r"(data + into * SLOT), "l"(from), "r"(size), "r"(barrier), "l"(policy) : "memory");
+    }
+    __device__ __forceinline__ void advance(int size) {
+        next += size, left--;
         position = position + 1 == layer_pieces() ? 0 : position + 1;
+    }
+    __device__ __forceinline__ void fill(u64 policy) {  // the first SLOTS pieces; by one thread, all others advance
+        for (int i = 0; i < SLOTS; i++) {
+            const int size = bytes();
+            if (threadIdx.x == 0) ask(next, i, size, policy);
+            advance(size);
+        }
     }
     __device__ __forceinline__ u32 arrived() const {
         wait_bytes(barriers + slot * 8, parity);
-        return data + slot * 1280;
+        return data + slot * SLOT;
+    }
+    __device__ __forceinline__ void ask_late(u64 policy) {
+        if ((ticket & 7) == 7) ask(late, late_slot, late_bytes, policy);
+        ticket = 0;
     }
     __device__ __forceinline__ void used(int lane, u64 policy) {
         __syncwarp();
-        ask(slot, lane, policy);
+        const int size = bytes();
+        if (lane == 0 && left > 0) {
+            ask_late(policy);
+            late = next, late_slot = slot, late_bytes = size;
+            asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;" : "=r"(ticket) : "r"(counts + slot * 4) : "memory");
+        }
+        advance(size);
         if (++slot == SLOTS) slot = 0, parity ^= 1;
     }
 };
@@ -89,9 +113,10 @@ __device__ __forceinline__ void store_shared4(u32 address, const uint4& v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-// ---- mail: a word that is not EMPTY has arrived, so no flag, no fence and no second trip is needed. Three copies
-// take turns from layer to layer. What many read, its writer empties in the next copy, which everybody has read two
-// layers ago; what one block reads (parcels), that block empties as soon as it has it.
+// ---- mail: a word that is not EMPTY has arrived, so no flag, no fence and no second trip is needed. Four copies
+// take turns from layer to layer. What many read, its writer empties in the copy after the next, which everybody has read
+// two layers ago; what one block reads (parcels), that block empties when it has it. Emptying comes behind posting: stores
+// leave in order.
 
 __device__ __forceinline__ uint4 peek4(const void* from) {
     uint4 v;
@@ -159,6 +184,7 @@ __device__ __forceinline__ void take_tokens(u32 to, const u8* from, int t, int s
     for (u32 tries = 0;; tries++) {  // nobody reads everything again and again: one word first
         v[0] = peek4(at);
         if (complete(v[0])) break;
+        __nanosleep(20);
         if (tries > PATIENCE) __trap();
     }
     pending &= ~1u;
@@ -211,13 +237,13 @@ template <int LEFT> __device__ __forceinline__ void wgmma_wait() {
 // d = W x over ``pieces`` of the ring; x: shared address of the first block of 64 columns. Two batches a piece, so that
 // one is decoded while the other is multiplied.
 template <int FORMAT>
-__device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, u32 x, int pieces, int lane, u64 policy) {
+__device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, u32 x, int pieces, int warp, int lane, u64 policy) {
     constexpr int STEPS = Piece<FORMAT>::STEPS, PER16 = FORMAT == 0 ? 1 : FORMAT == 1 ? 2 : 4, BATCH = STEPS / 2;
     // K-major, 128-byte swizzle, 1024 bytes from eight tokens to the next eight
     const u64 b = ((u64)x >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 #pragma unroll 1
     for (int piece = 0; piece < pieces; piece++) {
-        const u32 from = ring.arrived();
+        const u32 from = ring.arrived() + warp * Piece<FORMAT>::BYTES;
         uint4 w[2], s[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -246,6 +272,7 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, u32 x, i
             wgmma_wait<1>();  // the registers of the batch before are free
         }
     }
+    if (lane == 0) ring.ask_late(policy);
     wgmma_wait<0>();
 }
 
