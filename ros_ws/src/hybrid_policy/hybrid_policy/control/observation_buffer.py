@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -98,6 +99,11 @@ class _Input:
         while self._stamps[-1] - self._stamps[0] > _RATE_WINDOW:
             self._stamps.popleft()
 
+    @property
+    def newest(self) -> int:
+        """The newest stamp; 0 before the first message."""
+        return self.messages[-1][0] if self.messages else 0
+
     def rate(self, now: int) -> float:
         if len(self._stamps) < 2 or now - self._stamps[-1] > _RATE_WINDOW:
             return 0.0
@@ -137,6 +143,8 @@ class ObservationBuffer:
         self._prompt_drops: Counter[str] = Counter()
         self._frozen: dict[str, _Frozen] = {}
         self._lock = threading.Lock()
+        self._arrival = threading.Condition(self._lock)
+        self._image_came: dict[str, int] = {}
         low = np.array([-np.inf if j.min is None else j.min for j in robot.joints])
         high = np.array([np.inf if j.max is None else j.max for j in robot.joints])
         margin = np.where(np.isfinite(high - low), joint_margin * (high - low), 0.0)
@@ -158,6 +166,31 @@ class ObservationBuffer:
             InputError: it was dropped (and counted), and why.
         """
         self._receive(name, message, lambda: ingest.check_image(message, self._cameras[name]))
+        with self._lock:
+            self._image_came[name] = time.monotonic_ns()
+            self._arrival.notify_all()
+
+    @property
+    def camera_period(self) -> float:
+        """Seconds between two images of the slowest camera; 0 without cameras."""
+        return max((1.0 / camera.rate for camera in self._cameras.values()), default=0.0)
+
+    def wait_for_images(self, used: Mapping[str, int], fresh: float, patience: float) -> bool:
+        """Wait until every camera has sent another image.
+
+        At once where every newest image is another than in ``used`` (nanoseconds by name, see
+        :meth:`snapshot`) and the last of them came less than ``fresh`` seconds ago. False: not every
+        camera sent one within ``patience`` seconds.
+        """
+        with self._lock:
+            before = {name: self._inputs[name].newest for name in self._cameras}
+            if all(stamp not in (0, used.get(name)) for name, stamp in before.items()):
+                last = max(self._image_came.values(), default=0)
+                if (time.monotonic_ns() - last) * 1e-9 < fresh:
+                    return True
+            return self._arrival.wait_for(
+                lambda: all(self._inputs[name].newest != stamp for name, stamp in before.items()), patience
+            )
 
     def receive_joints(self, message: Any) -> None:
         """Check and store a JointState. Raises InputError: it was dropped, and why."""
@@ -205,8 +238,7 @@ class ObservationBuffer:
             missing = tuple(name for name, source in self._inputs.items() if not source.messages)
             if missing:
                 return Snapshot(missing=missing)
-            cameras = [self._inputs[name] for name in self._cameras] or [self._inputs[JOINTS]]
-            moment = min(source.messages[-1][0] for source in cameras)
+            moment = min((self._inputs[name].newest for name in self._cameras), default=self._inputs[JOINTS].newest)
             chosen = {
                 name: min(reversed(source.messages), key=lambda item: abs(item[0] - moment))
                 for name, source in self._inputs.items()

@@ -1,6 +1,6 @@
 """The two threads of a running policy: one infers, one watches and commands.
 
-The inference thread takes the newest matching inputs on absolute deadlines, runs the cycle and hands its
+On absolute deadlines the inference thread takes the newest matching inputs, runs the cycle and hands its
 trajectory to the output. The control thread ticks at the robot's command rate: it looks at the clock, the
 inputs and the output's age, holds the robot within one tick of a fault, and sends the ticks of outputs
 that work by ticks. Whatever sends a command does so under one lock, so a hold is never overtaken by a
@@ -29,20 +29,19 @@ from hybrid_policy.ros import real_time
 from hybrid_policy.ros.log import ThrottledLog
 from hybrid_policy.ros.loop_state import (
     FAILED,
+    FRESH,
+    HOLD_REPEAT,
     HOLDING,
+    PATIENCE,
     PAUSED,
     RUNNING,
     STOPPED,
+    TRACKING_PATIENCE,
     WAITING,
     LoopSettings,
     LoopStatus,
 )
 from hybrid_policy.ros.outputs import Output
-
-#: Seconds between two copies of the hold command: one that is lost does not stay lost.
-HOLD_REPEAT = 1.0
-#: Seconds that the robot may be away from its command before that counts.
-TRACKING_PATIENCE = 0.5
 
 
 class ControlLoop:
@@ -87,6 +86,9 @@ class ControlLoop:
         self._away_since = 0
         self._commanded: NDArray[np.float64] | None = None
         self._snapshot = Snapshot(missing=("everything",))
+        self._waited, self._patience = 0, 0.0
+        if settings.wait_for_images:
+            self._patience = min(PATIENCE * buffer.camera_period, settings.inference_period * 1e-9)
 
     # Called by the node
 
@@ -117,10 +119,7 @@ class ControlLoop:
             elif self.status.state == PAUSED:
                 self._set_state(HOLDING if self.status.holds else WAITING, "resumed, waiting for a chunk")
 
-    @property
-    def skew(self) -> float:
-        """Seconds between the oldest and newest of the inputs taken last."""
-        return self._snapshot.skew
+    skew = property(lambda self: self._snapshot.skew, doc="Seconds between oldest and newest of the inputs taken last.")
 
     def inferring_seconds(self) -> float:
         """For how long the present inference has been running; 0 between inferences."""
@@ -138,11 +137,20 @@ class ControlLoop:
     # The inference thread
 
     def _infer_loop(self) -> None:
-        while self.inference_deadline.wait(self._stop):
+        slack = round(self._patience * 1e9)
+        while self.inference_deadline.wait(self._stop, slack):
             try:
+                self._await_images()
                 self._infer_once()
             except Exception as error:
                 self._failed_inference(error)
+
+    def _await_images(self) -> None:
+        """A deadline falls anywhere between two images: the next ones are newer by more than they are late."""
+        begin, fresh = time.monotonic_ns(), FRESH * self.buffer.camera_period
+        if self._patience > 0.0 and not self._snapshot.missing:
+            self.buffer.wait_for_images(self._snapshot.stamps, fresh, self._patience)
+        self._waited = time.monotonic_ns() - begin
 
     def _infer_once(self) -> None:
         began = time.monotonic_ns()
@@ -240,7 +248,7 @@ class ControlLoop:
             number=self.recorder.chunks,
             sent=self.clock(),
             period=self.settings.inference_period,
-            deadline=self.inference_deadline.next + self.settings.inference_period,
+            deadline=self.inference_deadline.next + self._waited + self.settings.inference_period,
         )
         wrote = not self.recorder.error
         self.recorder.add(record)

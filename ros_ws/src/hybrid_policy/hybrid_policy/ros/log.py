@@ -1,10 +1,14 @@
-"""Warnings that repeat are said once, then at most every few seconds with their count."""
+"""What the node says: repeated warnings once, then every few seconds with their count; at the end a summary."""
 
 from __future__ import annotations
 
+import json
 import threading
 import time
+from pathlib import Path
 from typing import Any
+
+from hybrid_policy.control.latency import LatencyRecorder
 
 #: Seconds between two lines of the same key.
 INTERVAL = 5.0
@@ -41,3 +45,16 @@ class ThrottledLog:
         """Report an error, throttled by key."""
         if line := self._due(key, text):
             self._logger.error(line)
+
+
+def summarise(recorder: LatencyRecorder, path: str, logger: Any) -> None:
+    """Log a table of what was recorded, and write it to ``path`` as JSON (empty: not)."""
+    summary = recorder.summary()
+    if not summary.chunks:
+        return
+    logger.info("summary\n" + summary.table())
+    if path:
+        try:
+            Path(path).expanduser().write_text(json.dumps(summary.to_dict()) + "\n")
+        except OSError as error:
+            logger.error(f"summary_json: {path}: {error.strerror}")

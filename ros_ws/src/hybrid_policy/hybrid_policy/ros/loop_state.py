@@ -9,6 +9,12 @@ from hybrid_policy.control.watchdog import Fault
 
 WAITING, RUNNING, HOLDING = "waiting", "running", "holding"
 PAUSED, STOPPED, FAILED = "paused", "stopped", "failed"
+#: Seconds between two copies of the hold command: one that is lost does not stay lost.
+HOLD_REPEAT = 1.0
+#: Camera periods for which the inference waits for images; and the age at which it does not wait for newer.
+PATIENCE, FRESH = 1.25, 0.25
+#: Seconds that the robot may be away from its command before that counts.
+TRACKING_PATIENCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,7 @@ class LoopSettings:
     hold_tolerance: float
     tracking_tolerance: float
     max_errors: int
+    wait_for_images: bool = False
     fifo_priority: int = 0
     cpu_affinity: tuple[int, ...] = (-1,)
 

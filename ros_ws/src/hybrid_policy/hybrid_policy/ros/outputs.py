@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from array import array
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from geometry_msgs.msg import TwistStamped
@@ -27,38 +28,52 @@ Array = NDArray[np.float64]
 HOLD_DURATION = 100_000_000
 
 
-class Output(Protocol):
-    """Where commands go. Times are nanoseconds of the node's clock."""
+class Output(ABC):
+    """Where commands go: publishers on one node, of which the first has the command topic.
 
-    topic: str
+    Times are nanoseconds of the node's clock.
+    """
 
-    def chunk(self, trajectory: Trajectory) -> None:
-        """A new trajectory is in force."""
+    def __init__(self, node: Node, topic: str, kind: type[Any], depth: int) -> None:
+        self.topic = topic
+        self._node = node
+        self._publishers: list[Any] = []
+        self._publisher = self._publish_on(kind, topic, depth)
 
-    def tick(self, position: Array, now: int) -> None:
-        """The command at this tick, float64 [commands]."""
+    def _publish_on(self, kind: type[Any], topic: str, depth: int) -> Any:
+        publisher = self._node.create_publisher(kind, topic, QoSProfile(depth=depth))
+        self._publishers.append(publisher)
+        return publisher
 
+    def chunk(self, trajectory: Trajectory) -> None:  # noqa: B027
+        """A new trajectory is in force: nothing, where the ticks carry it."""
+
+    def tick(self, position: Array, now: int) -> None:  # noqa: B027
+        """The command at this tick, float64 [commands]: nothing, where the controller has the chunk."""
+
+    @abstractmethod
     def hold(self, position: Array, now: int) -> None:
         """Stand still at ``position`` (a twist: do not move; the gripper keeps its place)."""
 
     def listeners(self) -> int:
         """How many subscribers the command topic has."""
+        return int(self._publisher.get_subscription_count())
 
     def flush(self) -> None:
-        """Wait, a moment at most, until what was sent has been received."""
+        """Wait, 0.2 s at most, until what was sent has been received."""
+        self._publisher.wait_for_all_acked(Duration(seconds=0.2))
 
     def close(self) -> None:
         """Take the topics back."""
+        for publisher in self._publishers:
+            self._node.destroy_publisher(publisher)
 
 
-class TrajectoryOutput:
+class TrajectoryOutput(Output):
     """Chunks as trajectory_msgs/JointTrajectory; the message objects are made once."""
 
     def __init__(self, node: Node, robot: RobotFile, topic: str, horizon: int) -> None:
-        self.topic = topic
-        self._node = node
-        self._publisher = node.create_publisher(JointTrajectory, topic, QoSProfile(depth=5))
-        self._publishers = [self._publisher]
+        super().__init__(node, topic, JointTrajectory, 5)
         self._message = JointTrajectory(joint_names=list(robot.command_names))
         self._points = [JointTrajectoryPoint() for _ in range(horizon)]
         self._buffers = [self._fields(point, len(robot.command_names)) for point in self._points]
@@ -85,47 +100,24 @@ class TrajectoryOutput:
         views = np.frombuffer(point.positions), np.frombuffer(point.velocities)
         return *views, point.time_from_start
 
-    def tick(self, position: Array, now: int) -> None:
-        """Nothing: the controller follows the trajectory by itself."""
-
     def hold(self, position: Array, now: int) -> None:
         """Publish one point, at rest: an empty trajectory would be rejected and the old one go on."""
         self._hold.points[0].positions = position.tolist()
         self._publisher.publish(self._hold)
 
-    def listeners(self) -> int:
-        """Subscribers of the command topic."""
-        return self._publisher.get_subscription_count()
 
-    def flush(self) -> None:
-        """Wait until subscribers have the last message, at most 0.2 s."""
-        self._publisher.wait_for_all_acked(Duration(seconds=0.2))
-
-    def close(self) -> None:
-        """Destroy the publishers."""
-        for publisher in self._publishers:
-            self._node.destroy_publisher(publisher)
-
-
-class PositionOutput:
+class PositionOutput(Output):
     """Ticks as std_msgs/Float64MultiArray; the gripper's joints on their own topic if the file says so."""
 
     def __init__(self, node: Node, robot: RobotFile, topic: str, gripper_topic: str) -> None:
-        self.topic = topic
+        super().__init__(node, topic, Float64MultiArray, 1)
         gripper = robot.command.gripper.joints if robot.command.gripper is not None else ()
         names = robot.command_names
         self._main = [i for i, name in enumerate(names) if name not in gripper]
         self._grip = [names.index(name) for name in gripper]
-        self._node = node
-        self._publisher = node.create_publisher(Float64MultiArray, topic, QoSProfile(depth=1))
-        self._publishers = [self._publisher]
         self._gripper: Any = None
         if gripper:
-            self._gripper = node.create_publisher(Float64MultiArray, gripper_topic, QoSProfile(depth=1))
-            self._publishers.append(self._gripper)
-
-    def chunk(self, trajectory: Trajectory) -> None:
-        """Nothing: the ticks carry it."""
+            self._gripper = self._publish_on(Float64MultiArray, gripper_topic, 1)
 
     def tick(self, position: Array, now: int) -> None:
         """Publish the set-points."""
@@ -137,37 +129,17 @@ class PositionOutput:
         """Publish the held set-points."""
         self.tick(position, now)
 
-    def listeners(self) -> int:
-        """Subscribers of the command topic."""
-        return self._publisher.get_subscription_count()
 
-    def flush(self) -> None:
-        """Wait until subscribers have the last message, at most 0.2 s."""
-        self._publisher.wait_for_all_acked(Duration(seconds=0.2))
-
-    def close(self) -> None:
-        """Destroy the publishers."""
-        for publisher in self._publishers:
-            self._node.destroy_publisher(publisher)
-
-
-class TwistOutput:
+class TwistOutput(Output):
     """Ticks as geometry_msgs/TwistStamped in the robot file's frame; the gripper on its own topic."""
 
     def __init__(self, node: Node, robot: RobotFile, topic: str, gripper_topic: str) -> None:
-        self.topic = topic
-        self._node = node
-        self._publisher = node.create_publisher(TwistStamped, topic, QoSProfile(depth=1))
-        self._publishers = [self._publisher]
+        super().__init__(node, topic, TwistStamped, 1)
         self._message = TwistStamped()
         self._message.header.frame_id = robot.command.frame
         self._gripper: Any = None
         if "gripper" in robot.command_names:
-            self._gripper = node.create_publisher(Float64MultiArray, gripper_topic, QoSProfile(depth=1))
-            self._publishers.append(self._gripper)
-
-    def chunk(self, trajectory: Trajectory) -> None:
-        """Nothing: the ticks carry it."""
+            self._gripper = self._publish_on(Float64MultiArray, gripper_topic, 1)
 
     def _twist(self, values: Array, now: int) -> None:
         twist = self._message.twist
@@ -185,19 +157,6 @@ class TwistOutput:
     def hold(self, position: Array, now: int) -> None:
         """Publish a zero twist."""
         self._twist(np.zeros(6), now)
-
-    def listeners(self) -> int:
-        """Subscribers of the command topic."""
-        return self._publisher.get_subscription_count()
-
-    def flush(self) -> None:
-        """Wait until subscribers have the last message, at most 0.2 s."""
-        self._publisher.wait_for_all_acked(Duration(seconds=0.2))
-
-    def close(self) -> None:
-        """Destroy the publishers."""
-        for publisher in self._publishers:
-            self._node.destroy_publisher(publisher)
 
 
 def make_output(node: Node, robot: RobotFile, horizon: int, preview: bool) -> Output:

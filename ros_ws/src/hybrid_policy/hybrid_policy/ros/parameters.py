@@ -64,6 +64,11 @@ PARAMETERS = (
     Parameter("prompt", "", "The task; empty: the robot file's. The prompt topic replaces it.", fixed=False),
     Parameter("inference_rate", 5.0, "Inferences per second, on absolute deadlines.", low=0.1, high=200.0),
     Parameter(
+        "wait_for_images",
+        True,
+        "At each deadline, wait for the cameras' next images (about a camera period at most) before inferring.",
+    ),
+    Parameter(
         "chunking",
         "rtc",
         "How chunks follow each other: real-time chunking in the engine, temporal ensembling, or neither.",

@@ -8,13 +8,11 @@ in a state that says so, with the robot held. ``~/pause`` (std_srvs/SetBool), ``
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import rclpy
@@ -41,7 +39,7 @@ from hybrid_policy.ros import parameters, real_time, settings
 from hybrid_policy.ros.control_loop import ControlLoop
 from hybrid_policy.ros.diagnostics import Diagnostics, engine_values, idle_status, shadow_status, status_line
 from hybrid_policy.ros.inputs import Inputs, await_robot_description
-from hybrid_policy.ros.log import ThrottledLog
+from hybrid_policy.ros.log import ThrottledLog, summarise
 from hybrid_policy.ros.outputs import make_output
 from hybrid_policy.ros.policy_loading import find_checkpoint, load_policy, warm_up
 from hybrid_policy.ros.shadow import ShadowCheck
@@ -234,20 +232,9 @@ class PolicyNode(LifecycleNode):
             self._shadow.close()
         self._policy, self._shadow = None, None
         if self._recorder is not None:
-            self._summarise(self._recorder)
+            summarise(self._recorder, self.values["summary_json"], self.get_logger())
             self._recorder.close()
             self._recorder = None
-
-    def _summarise(self, recorder: LatencyRecorder) -> None:
-        summary = recorder.summary()
-        if summary.chunks:
-            self.get_logger().info("summary\n" + summary.table())
-        target = self.values["summary_json"]
-        if target and summary.chunks:
-            try:
-                Path(target).expanduser().write_text(json.dumps(summary.to_dict()) + "\n")
-            except OSError as error:
-                self.get_logger().error(f"summary_json: {target}: {error.strerror}")
 
     # From the loop's threads
 

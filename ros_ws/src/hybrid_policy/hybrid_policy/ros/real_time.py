@@ -64,14 +64,17 @@ class PeriodicDeadline:
         self._late: NDArray[np.int64] = np.zeros(capacity, dtype=np.int64)
         self._count = 0
 
-    def wait(self, stop: threading.Event) -> bool:
-        """Sleep until the next deadline; False when ``stop`` was set."""
+    def wait(self, stop: threading.Event, slack: int = 0) -> bool:
+        """Sleep until the next deadline; False when ``stop`` was set.
+
+        slack: nanoseconds by which a deadline may have passed before it is left out.
+        """
         now = time.monotonic_ns()
         if self.next == 0:
             self.next = now
         self.next += self.period
-        if self.next <= now:
-            skipped = (now - self.next) // self.period + 1
+        if self.next + slack <= now:
+            skipped = (now - slack - self.next) // self.period + 1
             self.missed += int(skipped)
             self.next += skipped * self.period
         while self.next - now > _SLICE:

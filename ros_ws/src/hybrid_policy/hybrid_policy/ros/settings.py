@@ -31,6 +31,7 @@ def loop_settings(values: Mapping[str, Any], robot: RobotFile) -> LoopSettings:
         hold_tolerance=values["hold_tolerance"],
         tracking_tolerance=values["tracking_tolerance"],
         max_errors=values["max_errors"],
+        wait_for_images=values["wait_for_images"],
         fifo_priority=values["rt.fifo_priority"],
         cpu_affinity=tuple(values["rt.cpu_affinity"]),
     )

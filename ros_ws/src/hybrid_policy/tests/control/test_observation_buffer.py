@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +206,27 @@ def test_a_log_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
     assert "file" in recorder.error
     recorder.add(record(0))
     assert recorder.summary().chunks == 1
+
+
+def test_waiting_for_images(tmp_path: Path) -> None:
+    _, buffer = make(tmp_path)
+    assert buffer.camera_period == 0.05
+    assert not buffer.wait_for_images({}, fresh=10.0, patience=0.01)  # none yet
+    show(buffer, "cam", 0)
+    show(buffer, "wrist", 5)
+    joints(buffer, 0)
+    used = buffer.snapshot().stamps
+    assert buffer.wait_for_images({}, fresh=10.0, patience=0.0)  # these have just come, and are new
+    assert not buffer.wait_for_images(used, fresh=10.0, patience=0.01)  # they are in use
+    assert not buffer.wait_for_images({}, fresh=0.0, patience=0.01)  # they are not fresh
+    seen: list[bool] = []
+    waiting = threading.Thread(target=lambda: seen.append(buffer.wait_for_images(used, 0.0, 20.0)))
+    waiting.start()
+    show(buffer, "cam", 50)
+    waiting.join(0.05)
+    assert waiting.is_alive()  # one of two cameras
+    show(buffer, "wrist", 55)
+    waiting.join(10)
+    assert seen == [True]
+    stamps = buffer.snapshot().stamps
+    assert (stamps["cam"], stamps["wrist"]) == (T0 + 50 * MS, T0 + 55 * MS)

@@ -59,3 +59,16 @@ def test_measures_fall_back_with_a_warning() -> None:
     assert (policy == os.SCHED_FIFO) == allowed
     assert bool(said) != allowed
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def test_a_deadline_within_the_slack_is_kept() -> None:
+    deadline, stop = real_time.PeriodicDeadline(50_000_000), threading.Event()
+    deadline.wait(stop)
+    deadline.next = time.monotonic_ns() - 60_000_000  # what follows passed 10 ms ago
+    kept = deadline.next + 50_000_000
+    assert deadline.wait(stop, slack=10**9)
+    assert deadline.next == kept
+    assert deadline.missed == 0
+    deadline.next = time.monotonic_ns() - 60_000_000
+    deadline.wait(stop)
+    assert deadline.missed > 0
