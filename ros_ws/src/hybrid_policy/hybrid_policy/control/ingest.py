@@ -22,6 +22,8 @@ CHANNELS = {"rgb8": 3, "bgr8": 3, "mono8": 1}
 #: No robot camera is larger; a message that claims to be is refused before anything is allocated.
 MAX_PIXELS = 8192 * 8192
 MAX_PROMPT_BYTES = 4096
+#: encodings before image_transport's compression that are no pictures: depth, or deeper than a policy was shown
+_DEEP = ("16", "32", "64", "mono16")
 _MAX_NAMES = 4096
 _UINT32 = 2**32 - 1
 
@@ -195,6 +197,8 @@ def _compressed_size(message: Any, camera: Camera) -> NDArray[np.uint8]:
     kind = _attribute(message, "format")
     if not isinstance(kind, str) or "compressedDepth" in kind:
         raise InputError(f"{camera.name}: format: {_show(kind)} given, expected jpeg or png")
+    if kind.startswith(_DEEP):
+        raise InputError(f"{camera.name}: format: {_show(kind)} given, expected jpeg or png of 8 bits a channel")
     data = _bytes(message, camera)
     head = data[:24].tobytes()
     if head.startswith(b"\x89PNG\r\n\x1a\n") and len(head) == 24:

@@ -90,7 +90,7 @@ class RosbagsSource:
             try:
                 found = bag_files.topics(self._plain(file), self.problems)
             except InputError as error:
-                self.problems.append(str(error))
+                self.problems += [line for line in str(error).splitlines() if line not in self.problems]
                 continue
             readable.append(file)
             for topic in found:
@@ -211,10 +211,7 @@ def _natural(path: Path) -> list[tuple[int, int, str]]:
 
 def _check_name(path: Path) -> None:
     if path.suffix == ".bag":
-        raise InputError(
-            f"{path}: a ROS 1 bag, expected a ROS 2 one; `rosbags-convert --src {path.name} "
-            f"--dst {path.stem}` (from the rosbags package) makes one"
-        )
+        raise InputError(f"{path}: {bag_files.ros1_hint(path)}")
     if path.name == _METADATA:
         raise InputError(f"{path}: give the bag's folder, {path.parent}, or one of its *.mcap or *.db3 files")
     if not _is_storage(path):
@@ -256,6 +253,9 @@ def find_bags(paths: Collection[str | Path]) -> list[Path]:
         if path.is_file() or _is_bag_folder(path):
             found.append(path)
             continue
+        old = sorted(path.glob("*.bag"))
+        if old:
+            raise InputError(f"{old[0]}: {bag_files.ros1_hint(old[0])}")
         inside = sorted((p for p in path.iterdir() if p.is_dir() and _is_bag_folder(p)), key=_natural)
         if not inside:
             raise InputError(f"{path}: neither a bag nor a folder of bags (no *.mcap, *.db3 or metadata.yaml)")

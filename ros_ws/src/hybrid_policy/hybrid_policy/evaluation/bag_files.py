@@ -15,6 +15,7 @@ from hybrid_policy.evaluation.mcap_scan import McapScan, is_indexed, zstd_module
 #: (topic, type, record time in ns, CDR bytes)
 Raw = tuple[str, str, int, memoryview]
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_ROS1_MAGIC = b"#ROSBAG V"
 _COPY = 1 << 22
 
 
@@ -29,6 +30,14 @@ class FoundTopic:
     definition: str = ""
 
 
+def ros1_hint(path: Path) -> str:
+    """What to do with a ROS 1 bag."""
+    return (
+        f"a ROS 1 bag, expected a ROS 2 one; `rosbags-convert --src {path.name} --dst {path.stem}` "
+        "(from the rosbags package) makes one"
+    )
+
+
 def topics(file: Path, problems: list[str]) -> list[FoundTopic]:
     """The topics of one file.
 
@@ -37,6 +46,9 @@ def topics(file: Path, problems: list[str]) -> list[FoundTopic]:
     """
     if file.stat().st_size == 0:
         raise InputError(f"{file.name}: empty (0 bytes)")
+    with file.open("rb") as opened:
+        if opened.read(len(_ROS1_MAGIC)) == _ROS1_MAGIC:
+            raise InputError(f"{file.name}: {ros1_hint(file)}")
     if _by_rosbags(file):
         try:
             with _rosbags_reader(file) as reader:
@@ -181,7 +193,8 @@ def _scanned_topics(file: Path, problems: list[str]) -> list[FoundTopic]:
     for channel in scan.channels.values():
         if channel.message_encoding != "cdr":
             problems.append(
-                f"{file.name}: topic {channel.topic} is encoded as {channel.message_encoding!r}, expected cdr"
+                f"{file.name}: topic {channel.topic} is encoded as {channel.message_encoding!r}, expected cdr "
+                f"({'a recording of ROS 1' if channel.message_encoding == 'ros1' else 'no ROS 2 messages'})"
             )
         elif channel.topic not in found:
             found[channel.topic] = FoundTopic(

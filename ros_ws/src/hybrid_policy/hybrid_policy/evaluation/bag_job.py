@@ -30,7 +30,13 @@ from hybrid_policy.evaluation.policy_pass import PolicyPass, fit_robot
 from hybrid_policy.evaluation.predictions import write_predictions
 from hybrid_policy.evaluation.progress import Laps
 from hybrid_policy.evaluation.replay import Replay
-from hybrid_policy.evaluation.replay_record import RecipeRun, ReplayedChunk, ReplaySettings
+from hybrid_policy.evaluation.replay_record import (
+    RecipeRun,
+    ReplayedChunk,
+    ReplaySettings,
+    dropped_messages,
+    why_no_chunk,
+)
 from hybrid_policy.evaluation.report import robot_facts
 from hybrid_policy.evaluation.survey import Survey, survey
 from hybrid_policy.evaluation.topic_match import match_topics
@@ -155,9 +161,12 @@ def _replay(job: BagJob, tell: Tell) -> tuple[dict[str, Any], dict[str, NDArray[
         runs = [one.run_record for one in passes]
         result |= _measure(runs, robot, recorded)
         result["status"] = "replayed"
+        dropped = dropped_messages(runs[0], known)
         if any(not run.chunks for run in runs):
             result["status"] = "inputs only"
-            result["lacks"].append(_why_no_chunk(runs[0]))
+            result["lacks"].append(why_no_chunk(runs[0], dropped))
+        else:
+            result["notes"] += dropped
         _compare_published(passes, result)
         result["problems"] = list(source.problems)
         series |= _run_series(runs, recorded)
@@ -322,15 +331,6 @@ def _measure(runs: list[RecipeRun], robot: RobotFile, recorded: metrics.Recorded
         found["recipes"][run.recipe] = one
         found["measured"]["latency"][run.recipe] = metrics.latency(run)
     return found
-
-
-def _why_no_chunk(run: RecipeRun) -> str:
-    if run.damaged:
-        text, count = run.damaged.most_common(1)[0]
-        return f"no inference could be run: {count} times an image could not be decoded: {text}"
-    if run.holds:
-        return f"no inference could be run; at the first start: {run.holds[0][1]}"
-    return "no inference could be run: cameras and joint states never came together"
 
 
 def _input_series(known: Survey) -> dict[str, NDArray[Any]]:

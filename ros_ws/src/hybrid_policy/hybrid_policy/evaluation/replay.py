@@ -19,7 +19,7 @@ from hybrid_policy.evaluation.bag import BagMessage, BagSource
 from hybrid_policy.evaluation.message_types import Decoder
 from hybrid_policy.evaluation.policy_pass import PolicyPass
 from hybrid_policy.evaluation.replay_record import ReplaySettings, Running, Score
-from hybrid_policy.evaluation.survey import RESET, Survey, stamp_or_zero
+from hybrid_policy.evaluation.survey import RESET, Survey, kind_of, stamp_or_zero
 from hybrid_policy.models.observation import Policy
 
 
@@ -115,8 +115,12 @@ class Replay(PolicyPass):
                 self._buffer.receive_joints(decoded)
             else:
                 self._buffer.receive_image(self._roles[message.topic], decoded)
-        except (InputError, AttributeError, TypeError):
-            pass  # the buffer counts what it drops, and the report shows the counts
+        except InputError as error:
+            key = message.topic, kind_of(error)
+            count, first = self.run_record.refused.get(key, (0, str(error)))
+            self.run_record.refused[key] = count + 1, first
+        except (AttributeError, TypeError):
+            pass  # not the type that it says; the survey has said so
         if self._next_start is None and not self._buffer.snapshot().missing:
             self._next_start = self._next_tick = self._now
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hybrid_policy.evaluation.delays import DelayModel
 from hybrid_policy.evaluation.node_parameters import NodeParameters
+from hybrid_policy.evaluation.survey import Survey
 from hybrid_policy.models.observation import Continuation, Observation
 
 
@@ -75,6 +76,7 @@ class RecipeRun:
 
     executed_times, executed: int64 [ticks], float64 [ticks, commands]: what the robot would have been
         told, at the policy's rate. holds: (time, reason) of each time the robot would have been held.
+    refused: (topic, kind of fault) -> (count, the first in full) of messages that the node's buffer dropped.
     """
 
     recipe: str
@@ -84,6 +86,7 @@ class RecipeRun:
     executed_segments: list[int] = field(default_factory=list)
     holds: list[tuple[int, str]] = field(default_factory=list)
     damaged: Counter[str] = field(default_factory=Counter)
+    refused: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
     missed: int = 0
     drops: dict[str, dict[str, int]] = field(default_factory=dict)
     worst: list[Moment] = field(default_factory=list)
@@ -104,3 +107,26 @@ class Running:
     finished: int
     skew: float
     ages: dict[str, float]
+
+
+def dropped_messages(run: RecipeRun, known: Survey) -> list[str]:
+    """A line for each kind of message that the node would drop and that the survey has not spoken of."""
+    lines = []
+    for (topic, kind), (count, first) in run.refused.items():
+        seen = known.topics.get(topic)
+        if seen is not None and kind not in seen.refused:
+            units = "; are its units rad and m?" if "limits and a margin" in first else ""
+            lines.append(f"{topic}: {count} of {seen.messages} messages dropped by the node: {first}{units}")
+    return lines
+
+
+def why_no_chunk(run: RecipeRun, dropped: list[str]) -> str:
+    """The reason in a sentence; ``dropped``: from `dropped_messages`."""
+    if dropped:
+        return f"no inference could be run: {'; '.join(dropped)}"
+    if run.damaged:
+        text, count = run.damaged.most_common(1)[0]
+        return f"no inference could be run: {count} times an image could not be decoded: {text}"
+    if run.holds:
+        return f"no inference could be run; at the first start: {run.holds[0][1]}"
+    return "no inference could be run: cameras and joint states never came together"

@@ -26,6 +26,7 @@ RESET = 500_000_000
 CLOCKS_APART = 2_000_000_000
 #: A gap is an interval longer than this many expected ones.
 GAP = 2.5
+_MOST_NAMES = 4096
 
 
 @dataclass
@@ -50,11 +51,9 @@ class TopicSurvey:
 
     def refuse(self, error: InputError) -> None:
         """Count a message that cannot be used."""
-        text = str(error)
-        # The kind of fault without its values, so that 10,000 NaNs are one line.
-        kind = text.partition(" given")[0].rpartition(":")[0] if " given" in text else text[:60]
+        kind = kind_of(error)
         self.refused[kind] += 1
-        self.examples.setdefault(kind, text)
+        self.examples.setdefault(kind, str(error))
 
     def gaps(self) -> list[tuple[int, float]]:
         """(stamp before the gap, seconds) of every interval longer than 2.5 expected ones."""
@@ -72,6 +71,12 @@ class TopicSurvey:
         steps = np.diff(np.array(self.stamps, dtype=np.int64))
         span = float(steps[steps > 0].sum()) * 1e-9
         return (len(self.stamps) - 1) / span if span > 0 else 0.0
+
+
+def kind_of(error: InputError) -> str:
+    """The kind of a fault without its values, so that 10,000 NaNs are one line."""
+    text = str(error)
+    return text.partition(" given")[0].rpartition(":")[0] if " given" in text else text[:60]
 
 
 @dataclass
@@ -120,6 +125,8 @@ def survey(source: BagSource, robot: RobotFile, match: TopicMatch) -> Survey:
     for message in source.messages(match.used or list(source.topics)):
         state.take(message)
     if not state.count:
+        if not source.topics and source.problems:
+            raise InputError("\n".join(source.problems))
         found = ", ".join(sorted(source.topics)) or "none"
         why = "".join(f"\n{line}" for line in source.problems)
         raise InputError(f"{source.path}: no message on any topic that counts (topics: {found}){why}")
@@ -150,6 +157,8 @@ class _Reading:
         self.segment = 0
         self.newest = 0
         self.joint_names: tuple[str, ...] = ()
+        self.names_seen: set[str] = set()
+        self.most_positions = 0
         self.count = 0
         self.offsets: list[int] = []
         self.first: int | None = None
@@ -196,6 +205,9 @@ class _Reading:
 
     def _joints(self, message: Any, stamp: int) -> None:
         named = getattr(message, "name", ())
+        self.most_positions = max(self.most_positions, len(getattr(message, "position", ())))
+        if not self.joint_rows and len(self.names_seen) < _MOST_NAMES:
+            self.names_seen.update(str(name) for name in named)
         if len(named) > len(self.joint_names):
             self.joint_names = tuple(str(name) for name in named)
         self.joint_rows.append(ingest.joint_positions(message, self.robot.joint_names))
@@ -235,11 +247,10 @@ class _Reading:
             return
         if not topic.stamps:
             kind = topic.refused.most_common(1)[0][0]
-            names = f"; the bag's joints are {', '.join(self.joint_names)}" if topic.role == "joints" else ""
-            names = f"; the bag's joints are {', '.join(self.joint_names)}" if topic.role == "joints" else ""
+            more = self._about_joints(topic) if topic.role == "joints" else ""
             lacks.append(
                 f"{topic.role}: none of {topic.messages} messages on {topic.name} can be used: "
-                f"{topic.examples[kind]}{names}"
+                f"{topic.examples[kind]}{more}"
             )
             return
         if topic.zero_stamps:
@@ -251,6 +262,20 @@ class _Reading:
             notes.append(f"{topic.name}: the clock was set back {topic.resets} times; the replay starts anew at each")
         for kind, count in topic.refused.most_common(5):
             notes.append(f"{topic.name}: {count} of {topic.messages} messages left out: {topic.examples[kind]}")
+
+    def _about_joints(self, topic: TopicSurvey) -> str:
+        """What a person needs to know whose joint states are all refused."""
+        if not self.names_seen:
+            if not self.most_positions:
+                return ""
+            return "; the messages do not name their joints, so none can be told from another"
+        if not self.most_positions:
+            return "; the messages carry no positions (velocities or efforts alone say nothing of where the arm is)"
+        if set(self.robot.joint_names) <= set(self.joint_names):
+            return ""
+        if set(self.robot.joint_names) <= self.names_seen:
+            return "; they are all there, but in different messages: the node needs them in one (joint_state_publisher)"
+        return f"; the bag's joints are {', '.join(self.joint_names)}"
 
     def _actions(self, clock: str, rows: NDArray[np.float64], notes: list[str]) -> None:
         for kind, message, arrival, stamp, segment in self.pending:

@@ -19,6 +19,9 @@ FLOATS, TWIST, STRING = (
 )
 #: Types that can say what the robot was told, the plainest first.
 COMMANDS = (TRAJECTORY, CONTROLLER_STATE, FLOATS, TWIST, JOINT_STATE)
+_COMMAND_WORDS = ("command", "action", "target", "leader", "goal")
+#: Words in a topic's name or type that make one look for commands there.
+_UNREAD_WORDS = (*_COMMAND_WORDS, "cmd", "jog", "trajectory", "servo")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def match_topics(
     """Find each input of ``robot`` among a bag's ``topics``.
 
     A name matches exactly, or under a namespace (``/arm_1/joint_states``) if only one does. An image
-    topic may be there raw or as its ``/compressed`` sibling.
+    topic may be there raw or as its ``/compressed`` sibling. Joint states of another name are taken where
+    the bag has one such topic alone.
 
     Args:
         robot: the robot file.
@@ -60,90 +64,156 @@ def match_topics(
         command_topic: the topic that holds what the robot was told; found by itself where empty.
 
     Raises:
-        InputError: the user names a topic that the bag lacks.
+        InputError: the user names a topic that the bag lacks, or remaps one that the robot file does not have.
     """
     for given in (*remap.values(), command_topic):
         if given and _find(given, topics) is None:
             raise InputError(f"{given}: no such topic in the bag, expected one of {_listed(topics.values())}")
-    lacks: list[str] = []
-    notes: list[str] = []
-    cameras: dict[str, tuple[str, Camera]] = {}
-    for camera in robot.cameras:
-        found = _camera(camera, topics, remap, notes)
-        if found is None:
-            images = [t for t in topics.values() if t.type in (IMAGE, COMPRESSED)]
-            lacks.append(
-                f"camera {camera.name}: no topic {_shown(camera.topic, remap)}; image topics in the bag: "
-                f"{_listed(images)}"
-            )
-        else:
-            cameras[camera.name] = found
-    joints = _typed(robot.joint_states_topic, JOINT_STATE, topics, remap)
-    if not joints:
-        states = [t for t in topics.values() if t.type == JOINT_STATE]
-        lacks.append(
-            f"joint states: no topic {_shown(robot.joint_states_topic, remap)} of type {JOINT_STATE}; "
-            f"such topics in the bag: {_listed(states)}"
-        )
-    prompt = _typed(robot.prompt_topic, STRING, topics, remap)
-    command = _command(robot, topics, remap, command_topic, joints, notes)
-    return TopicMatch(cameras, joints, prompt, command, tuple(lacks), tuple(notes))
+    wanted = [*(c.topic for c in robot.cameras), robot.joint_states_topic, robot.prompt_topic, robot.command.topic]
+    remap = {_own_name(given, wanted): topic for given, topic in remap.items()}
+    finder = _Finder(topics, remap)
+    cameras = {c.name: found for c in robot.cameras if (found := finder.camera(c)) is not None}
+    joints = finder.joints(robot.joint_states_topic)
+    prompt = finder.typed(robot.prompt_topic, STRING)
+    if prompt:
+        finder.say_namespace("prompt", robot.prompt_topic, prompt)
+    command = finder.command(robot, command_topic, joints)
+    return TopicMatch(cameras, joints, prompt, command, tuple(finder.lacks), tuple(finder.notes))
 
 
-def _camera(
-    camera: Camera, topics: Mapping[str, BagTopic], remap: Mapping[str, str], notes: list[str]
-) -> tuple[str, Camera] | None:
-    wanted = remap.get(camera.topic, camera.topic)
-    bare = wanted.removesuffix("/compressed")
-    for name in (wanted, f"{bare}/compressed", bare):
-        topic = _find(name, topics)
-        if topic is None or topic.type not in (IMAGE, COMPRESSED) or topic.count == 0:
-            continue
-        kind = "compressed" if topic.type == COMPRESSED else "image"
-        if kind != camera.type:
-            notes.append(f"camera {camera.name}: {topic.name} is {topic.type}; the robot file says {camera.type}")
-        return topic.name, replace(camera, type=kind)
-    return None
+def _own_name(given: str, wanted: Collection[str]) -> str:
+    """The robot file's own writing of a topic that the user remaps: with a leading slash or without."""
+    name = next((name for name in wanted if name.strip("/") == given.strip("/")), None)
+    if name is None:
+        raise InputError(f"--remap: {given} given, expected a topic of the robot file: {', '.join(wanted)}")
+    return name
 
 
-def _typed(wanted: str, kind: str, topics: Mapping[str, BagTopic], remap: Mapping[str, str]) -> str:
-    topic = _find(remap.get(wanted, wanted), topics)
-    return topic.name if topic is not None and topic.type == kind and topic.count != 0 else ""
+class _Finder:
+    """Looks for one input after another, and keeps what there is to say."""
 
+    def __init__(self, topics: Mapping[str, BagTopic], remap: Mapping[str, str]) -> None:
+        self.topics, self.remap = topics, remap
+        self.lacks: list[str] = []
+        self.notes: list[str] = []
 
-def _command(
-    robot: RobotFile,
-    topics: Mapping[str, BagTopic],
-    remap: Mapping[str, str],
-    given: str,
-    joints: str,
-    notes: list[str],
-) -> str:
-    wanted = given or remap.get(robot.command.topic, robot.command.topic)
-    topic = _find(wanted, topics)
-    if topic is not None and topic.type in COMMANDS and topic.count != 0:
-        return topic.name
-    for kind in COMMANDS:
-        found = [
-            t
-            for t in topics.values()
-            if t.type == kind and t.count != 0 and t.name != joints and (kind != JOINT_STATE or _says_command(t))
-        ]
-        if len(found) == 1:
-            notes.append(f"recorded actions: taken from {found[0].name} ({kind}), the robot file says {wanted}")
-            return found[0].name
+    def wanted(self, topic: str) -> str:
+        return self.remap.get(topic, topic)
+
+    def camera(self, camera: Camera) -> tuple[str, Camera] | None:
+        bare = self.wanted(camera.topic).removesuffix("/compressed")
+        for name in (self.wanted(camera.topic), f"{bare}/compressed", bare):
+            topic = _find(name, self.topics)
+            if topic is None or topic.type not in (IMAGE, COMPRESSED) or topic.count == 0:
+                continue
+            kind = "compressed" if topic.type == COMPRESSED else "image"
+            if kind != camera.type:
+                self.notes.append(
+                    f"camera {camera.name}: {topic.name} is {topic.type}; the robot file says {camera.type}"
+                )
+            else:
+                self.say_namespace(f"camera {camera.name}", camera.topic, topic.name)
+            return topic.name, replace(camera, type=kind)
+        images = [t for t in self.topics.values() if t.type in (IMAGE, COMPRESSED)]
+        absent = self._absent(f"camera {camera.name}", camera.topic, (IMAGE, COMPRESSED))
+        colour = [t for t in images if "depth" not in t.name.lower()]
+        self.lacks.append(f"{absent}; image topics in the bag: {_listed(images)}{self._how(camera.topic, colour)}")
+        return None
+
+    def joints(self, topic: str) -> str:
+        found = self.typed(topic, JOINT_STATE)
         if found:
-            notes.append(f"recorded actions: {_listed(found)} might hold them; say --command-topic for one of these")
-    return ""
+            self.say_namespace("joint states", topic, found)
+            return found
+        states = [t for t in self.topics.values() if t.type == JOINT_STATE]
+        alone = [t for t in states if t.count != 0 and not _says_command(t)]
+        if topic not in self.remap and len(alone) == 1:
+            self.notes.append(f"joint states: taken from {alone[0].name}, the robot file says {_shown(topic)}")
+            return alone[0].name
+        absent = self._absent("joint states", topic, (JOINT_STATE,))
+        line = f"{absent}; such topics in the bag: {_listed(states)}{self._how(topic, states)}"
+        if not states:
+            line += f"; the bag has {_typed_list(self.topics.values())}"
+        self.lacks.append(line)
+        return ""
+
+    def typed(self, topic: str, kind: str) -> str:
+        found = _find(self.wanted(topic), self.topics)
+        return found.name if found is not None and found.type == kind and found.count != 0 else ""
+
+    def command(self, robot: RobotFile, given: str, joints: str) -> str:
+        wanted = given or self.wanted(robot.command.topic)
+        topic = _find(wanted, self.topics)
+        if topic is not None and topic.type in COMMANDS and topic.count != 0:
+            if not given:
+                self.say_namespace("recorded actions", robot.command.topic, topic.name)
+            return topic.name
+        if given and topic is not None:
+            self.notes.append(f"recorded actions: {topic.name} is {topic.type}, expected {' or '.join(COMMANDS)}")
+            return ""
+        states = _find(robot.joint_states_topic, self.topics)
+        taken = {joints, "" if states is None else states.name}
+        for kind in COMMANDS:
+            found = [
+                t
+                for t in self.topics.values()
+                if t.type == kind and t.count != 0 and t.name not in taken and (kind != JOINT_STATE or _says_command(t))
+            ]
+            if len(found) == 1:
+                self.notes.append(
+                    f"recorded actions: taken from {found[0].name} ({kind}), the robot file says {wanted}"
+                )
+                return found[0].name
+            if found:
+                self.notes.append(
+                    f"recorded actions: {_listed(found)} might hold them; say --command-topic for one of these"
+                )
+        unread = [t for t in self.topics.values() if t.type not in COMMANDS and t.name not in taken and _looks_told(t)]
+        if unread:
+            self.notes.append(
+                f"recorded actions: {_typed_list(unread)} cannot be read as commands, expected one of "
+                f"{', '.join(kind.rpartition('/')[2] for kind in COMMANDS)}"
+            )
+        return ""
+
+    def say_namespace(self, what: str, topic: str, found: str) -> None:
+        """A word where a topic was found below a namespace."""
+        if topic not in self.remap and found.strip("/") != _relative(topic):
+            self.notes.append(f"{what}: found as {found}, the robot file says {_shown(topic)}")
+
+    def _absent(self, what: str, topic: str, kinds: tuple[str, ...]) -> str:
+        """Why a topic cannot be used: it is not there, is of another type, or has no message."""
+        there = _find(self.wanted(topic), self.topics)
+        expected = " or ".join(kinds)
+        if there is None:
+            return f"{what}: no topic {_shown(self.wanted(topic))}" + (
+                f" of type {expected}" if len(kinds) == 1 else ""
+            )
+        if there.type in kinds:
+            return f"{what}: {there.name} has no message"
+        return f"{what}: {there.name} is {there.type}, expected {expected}"
+
+    def _how(self, topic: str, candidates: Collection[BagTopic]) -> str:
+        """The option that says which topic it is: whole where there is one alone to say."""
+        names = [t.name for t in candidates if t.count != 0]
+        return f"; say which with --remap {topic}:={names[0] if len(names) == 1 else 'TOPIC'}" if names else ""
 
 
 def _says_command(topic: BagTopic) -> bool:
     """Whether a JointState topic's name says that it holds commands and not the joints themselves."""
-    return any(word in topic.name for word in ("command", "action", "target", "leader", "goal"))
+    return any(word in topic.name for word in _COMMAND_WORDS)
+
+
+def _looks_told(topic: BagTopic) -> bool:
+    return topic.count != 0 and any(word in f"{topic.name} {topic.type}".lower() for word in _UNREAD_WORDS)
+
+
+def _relative(topic: str) -> str:
+    return topic.strip().removeprefix("~").strip("/")
 
 
 def _find(wanted: str, topics: Mapping[str, BagTopic]) -> BagTopic | None:
-    relative = wanted.strip().removeprefix("~").strip("/")
+    relative = _relative(wanted)
     if not relative:
         return None
     exact = topics.get("/" + relative) or topics.get(relative)
@@ -153,10 +223,18 @@ def _find(wanted: str, topics: Mapping[str, BagTopic]) -> BagTopic | None:
     return below[0] if len(below) == 1 else None
 
 
-def _shown(topic: str, remap: Mapping[str, str]) -> str:
-    return f"/{remap.get(topic, topic).lstrip('/')}"
+def _shown(topic: str) -> str:
+    return f"/{topic.lstrip('/')}"
 
 
 def _listed(topics: Collection[BagTopic]) -> str:
-    names = sorted(topic.name for topic in topics)
+    return _cut([topic.name for topic in topics])
+
+
+def _typed_list(topics: Collection[BagTopic]) -> str:
+    return _cut([f"{topic.name} ({topic.type})" for topic in topics])
+
+
+def _cut(names: list[str]) -> str:
+    names = sorted(names)
     return (", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")) or "none"

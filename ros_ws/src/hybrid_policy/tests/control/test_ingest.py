@@ -88,6 +88,16 @@ def test_wrong_compressed_images() -> None:
             ingest.check_image(whole, JPEG)
 
 
+@pytest.mark.parametrize("kind", ["16UC1; png compressed ", "32FC1; png compressed", "mono16; png compressed mono16"])
+def test_a_depth_image_is_no_picture_because_it_is_compressed(kind: str) -> None:
+    message = compressed(np.zeros((8, 8, 3), np.uint8))
+    message.format = kind
+    with pytest.raises(InputError, match="8 bits a channel"):
+        ingest.check_image(message, JPEG)
+    message.format = "rgb8; jpeg compressed bgr8"
+    ingest.check_image(message, JPEG)
+
+
 def test_joints_by_name_in_any_order() -> None:
     message = joint_state(10**9, ["c", "b", "a"], [3.0, 2.0, 1.0])
     assert ingest.joint_positions(message, ["a", "b"]).tolist() == [1.0, 2.0]

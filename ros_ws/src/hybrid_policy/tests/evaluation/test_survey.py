@@ -76,27 +76,34 @@ def test_a_gap_is_found_where_it_is(tmp_path, toy):
 def test_absent_topics_are_named_with_what_is_there(tmp_path, toy):
     known = look(write(tmp_path / "bag", camera="/front/image", joints=""), toy)
     assert known.lacks == [
-        "camera base_0_rgb: no topic /cam; image topics in the bag: /front/image",
-        "joint states: no topic /joint_states of type sensor_msgs/msg/JointState; such topics in the bag: none",
+        "camera base_0_rgb: no topic /cam; image topics in the bag: /front/image; "
+        "say which with --remap cam:=/front/image",
+        "joint states: no topic /joint_states of type sensor_msgs/msg/JointState; such topics in the bag: none; "
+        "the bag has /front/image (sensor_msgs/msg/Image), /other (std_msgs/msg/String)",
     ]
 
 
 def test_a_remap_finds_the_topic(tmp_path, toy):
     assert look(write(tmp_path / "bag", camera="/front/image"), toy, {"cam": "/front/image"}).lacks == []
+    assert look(tmp_path / "bag", toy, {"/cam": "/front/image"}).lacks == []  # as people write it
     with pytest.raises(InputError, match="/rear: no such topic in the bag, expected one of /cam"):
         look(write(tmp_path / "bag2"), toy, {"cam": "/rear"})
+    with pytest.raises(InputError, match="/camera given, expected a topic of the robot file: cam, joint_states"):
+        look(tmp_path / "bag2", toy, {"/camera": "/cam"})
 
 
 def test_a_namespace_is_found_by_itself(tmp_path, toy):
     path = write(tmp_path / "bag", camera="/arm_1/cam", joints="/arm_1/joint_states")
-    assert look(path, toy).lacks == []
+    known = look(path, toy)
+    assert known.lacks == []
+    assert "joint states: found as /arm_1/joint_states, the robot file says /joint_states" in known.notes
 
 
 def test_a_camera_without_messages_says_so(tmp_path, toy):
     with BagWriter(tmp_path / "bag") as writer:
         writer.write("/joint_states", "sensor_msgs/msg/JointState", writer.joint_state(T0, ["a", "b"], np.ones(2)), T0)
         writer._writer.add_connection("/cam", "sensor_msgs/msg/Image", typestore=writer.types)
-    assert "camera base_0_rgb: no topic /cam" in look(tmp_path / "bag", toy).lacks[0]
+    assert "camera base_0_rgb: /cam has no message" in look(tmp_path / "bag", toy).lacks[0]
 
 
 def test_images_that_no_node_would_take_are_a_lack(tmp_path, toy):
