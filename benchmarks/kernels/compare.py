@@ -15,6 +15,7 @@ import copy
 import csv
 import datetime
 import importlib.metadata
+import re
 import statistics
 import subprocess
 import sys
@@ -31,18 +32,33 @@ import triton
 from hybrid_policy.kernels import activations, library, nvfp4, tiles, wgmma_linear, wgmma_tiles
 from hybrid_policy.kernels.nvfp4_activation import NVFP4Activation
 from hybrid_policy.kernels.stream import StreamWeight, capability_of
+from hybrid_policy.kernels.wgmma_tiles import WgmmaTile
 from timing import graph_time_us, weight_sets
 
 Row = dict[str, object]
 
 
-def time_ours(problem: p.Problem, pdl: bool) -> tuple[float, float, str]:
+def swept_tiles(path: Path) -> dict[tuple[str, int], WgmmaTile]:
+    """The fastest tile (of a dependent launch) of each gate/up problem in a CSV of sweep_wgmma.py."""
+    best: dict[tuple[str, int], tuple[float, WgmmaTile]] = {}
+    for row in csv.DictReader(path.open()):
+        if row["tile"].startswith("WgmmaTile"):
+            fields = dict(re.findall(r"(\w+)=(\w+)", row["tile"]))
+            values = {k: v == "True" if v in ("True", "False") else int(v) for k, v in fields.items()}
+            found = (float(row["us_pdl"]), WgmmaTile(**values))
+            key = (row["problem"], int(row["m"]))
+            best[key] = min(best.get(key, found), found, key=lambda pair: pair[0])
+    return {key: tile for key, (_, tile) in best.items()}
+
+
+def time_ours(problem: p.Problem, pdl: bool, swept: dict[tuple[str, int], WgmmaTile]) -> tuple[float, float, str]:
     """(us, relative error, the tile) of the route that a layer takes on this device."""
     if capability_of(torch.device("cuda")) != 90:
         return time_stream(problem, pdl)
     inputs, out = p.Inputs.random(problem, 0), p.output(problem)
     if problem.geglu and problem.fmt == "nvfp4":
         tile = wgmma_tiles.gate_up_tile(problem.m, problem.n, problem.k)
+        tile = swept.get((problem.name, problem.m), tile)
         packs = [p.random_slabs(problem, seed) for seed in range(weight_sets(problem.n * problem.k * 9 // 16))]
         packs[-1].launch(inputs.x, out, tile)
         error = p.slabs_error(problem, packs[-1], inputs, out)
@@ -194,13 +210,15 @@ def main() -> int:
     parser.add_argument("--no-humming", action="store_true")
     parser.add_argument("--only", default="", help="time only lines whose name contains this")
     parser.add_argument("--problem", default="", help="time only problems whose name contains this")
+    parser.add_argument("--tiles", type=Path, help="a CSV of sweep_wgmma.py whose winners replace the rules' tiles")
     args = parser.parse_args()
+    swept = {} if args.tiles is None else swept_tiles(args.tiles)
     rows: list[Row] = []
     shapes = [p.EXPERT, p.PREFIX_SMALL, p.PREFIX, p.DOWN, p.DOWN_GIVEN, p.DOWN_NVFP4, p.QKV, p.OUT]
     for problem in [q for q in shapes if args.problem in q.name]:
         lines: list[tuple[str, Callable[[], object]]] = [
-            ("ours", lambda q=problem: time_ours(q, False)),
-            ("ours pdl", lambda q=problem: time_ours(q, True)),
+            ("ours", lambda q=problem: time_ours(q, False, swept)),
+            ("ours pdl", lambda q=problem: time_ours(q, True, swept)),
         ]
         if problem.fmt == "fp8" or problem.geglu:
             lines.append(("ours in Triton", lambda q=problem: time_stream(q, False)))

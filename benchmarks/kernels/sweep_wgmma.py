@@ -25,45 +25,34 @@ from hybrid_policy.kernels.wgmma import WgmmaWeight
 from hybrid_policy.kernels.wgmma_tiles import LinearTile, WgmmaTile, fitted
 from timing import graph_time_us, weight_sets
 
-SMALL = WgmmaTile(mt=2, nt=56, stages=12)
+SMALL = WgmmaTile(mt=1, nt=56, stages=9, blocks=2)
 EXPERT = WgmmaTile(mt=1, nt=56, stages=8, split=2, blocks=2)
 LARGE = WgmmaTile(mt=2, nt=192, stages=12, group=1, multicast=True)
 GATE_UP: list[tuple[p.Problem, list[WgmmaTile]]] = [
     (
         p.EXPERT,
-        [
-            EXPERT,
-            replace(EXPERT, group=2),
-            replace(EXPERT, trigger=0),
-            replace(EXPERT, every_thread=True),
-            replace(EXPERT, blocks=1),
-            replace(EXPERT, blocks=1, trigger=0),
-            WgmmaTile(mt=1, nt=56, stages=16),
-            WgmmaTile(mt=1, nt=64, stages=16, multicast=True),
-        ],
+        [EXPERT, replace(EXPERT, group=2), replace(EXPERT, group=1), replace(EXPERT, group=1, buffers=4)],
     ),
     (
         p.PREFIX_SMALL,
         [
             SMALL,
-            replace(SMALL, trigger=0),
+            replace(SMALL, group=2),
+            replace(SMALL, group=1),
+            replace(SMALL, group=1, buffers=4),
             replace(SMALL, every_thread=True),
-            replace(SMALL, mt=1, blocks=2, stages=9),
-            replace(SMALL, mt=1, blocks=2, stages=9, trigger=0),
-            replace(SMALL, mt=1, blocks=1, stages=16),
+            WgmmaTile(mt=2, nt=56, stages=12),
+            WgmmaTile(mt=2, nt=56, stages=12, group=1),
+            WgmmaTile(mt=2, nt=56, stages=12, group=1, buffers=4),
         ],
     ),
-    (p.PREFIX, [LARGE, replace(LARGE, trigger=0), replace(LARGE, every_thread=True)]),
+    (p.PREFIX, [LARGE, replace(LARGE, every_thread=True), replace(LARGE, multicast=False)]),
     (replace(p.PREFIX, m=968), [replace(LARGE, nt=nt) for nt in (144, 176)]),
 ]
 DOWN = [
-    LinearTile(56, 8, 4),
-    LinearTile(56, 8, 4, trigger=0),
-    LinearTile(56, 8, 4, warpgroups=4, blocks=1),
     LinearTile(56, 4, 8, blocks=1),
     LinearTile(56, 4, 8, blocks=1, trigger=0),
-    LinearTile(56, 4, 8, warpgroups=4, blocks=1),
-    LinearTile(56, 4, 8, warpgroups=4, blocks=1, trigger=0),
+    LinearTile(56, 8, 4),
 ]
 
 

@@ -53,8 +53,8 @@ class _Arguments(ctypes.Structure):
 def macros(tile: WgmmaTile, chunks: int, *, fp8_out: bool, squares: bool, shifts: bool, pdl: bool) -> dict[str, int]:
     """What one configuration is compiled with."""
     return {
-        "MT": tile.mt, "NT": tile.nt, "STAGES": tile.stages, "GROUP": tile.group, "K_CHUNKS": chunks,
-        "SPLIT": tile.split, "MULTICAST": int(tile.multicast), "SET_REGISTERS": int(tile.set_registers),
+        "MT": tile.mt, "NT": tile.nt, "STAGES": tile.stages, "GROUP": tile.group, "BUFFERS": tile.buffers,
+        "K_CHUNKS": chunks, "SPLIT": tile.split, "MULTICAST": int(tile.multicast), "SET_REGISTERS": int(tile.set_registers),
         "FP8_OUT": int(fp8_out), "SQUARES": int(squares), "SHIFTS": int(shifts), "PDL": int(pdl),
         "BLOCKS": tile.blocks, "TRIGGER": tile.trigger, "EVERY_THREAD": int(tile.every_thread),
         "SHARED": wgmma_tiles.SHARED,

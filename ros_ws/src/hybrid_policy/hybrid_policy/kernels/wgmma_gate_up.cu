@@ -5,7 +5,8 @@
 // Two consumer warpgroups of MT * 64 rows each share x; one producer thread keeps a ring of STAGES full (64 columns of
 // x and of W a stage). Rows of gate and up lie by eights (packing.interleave_rows), so a thread holds both of a feature.
 //
-// Macros: MT, NT tokens a block (a multiple of 8), STAGES, GROUP k steps a commit (1, 2 or 4), K_CHUNKS of 64 columns,
+// Macros: MT, NT tokens a block (a multiple of 8), STAGES, GROUP k steps a commit (1, 2 or 4), BUFFERS commits at a time
+// whose fragments are kept (2; 4 with GROUP 1), K_CHUNKS of 64 columns,
 // SPLIT 2: the two blocks of a cluster cut K and each finishes one warpgroup's rows; MULTICAST: the two blocks of a
 // cluster have different rows and fetch half of x each, for both. SET_REGISTERS: the producer gives registers away.
 // FP8_OUT, SQUARES (a norm's row factors), SHIFTS, PDL, TRIGGER (when dependents may start), BLOCKS a multiprocessor.
@@ -31,6 +32,7 @@ constexpr int AT_RECEIVED = AT_STAGING;  // one warpgroup finishes, and stages i
 constexpr int AT_FACTORS = AT_STAGING + (SPLIT == 2 ? RECEIVED : 2 * STAGING);
 constexpr int AT_BARRIERS = AT_FACTORS + (SQUARES ? 2 * NT * 4 : 0);
 static_assert(AT_BARRIERS + (3 * STAGES + 1) * 8 <= SHARED, "shared memory");
+static_assert(BUFFERS == 2 || (BUFFERS == 4 && GROUP == 1), "buffers");
 static_assert(SPLIT == 1 || STAGING <= RECEIVED, "staging");
 static_assert(NT % 8 == 0 && (!MULTICAST || NT % 16 == 0) && K_CHUNKS % SPLIT == 0 && (SPLIT == 1 || MT == 1), "tile");
 
@@ -110,7 +112,7 @@ struct Consumer {
     Ring ring;
     u32 last = 0;  // stage whose products are the youngest in flight
     float acc[MT][NT / 2];
-    u32 a[2][GROUP][MT][4];
+    u32 a[BUFFERS][GROUP][MT][4];
 
     __device__ __forceinline__ void release(u32 stage) {
         __syncwarp();
@@ -142,7 +144,7 @@ struct Consumer {
 #pragma unroll
         for (int group = 0; group < 4 / GROUP; group++) {
             constexpr bool whole = GROUP == 4;
-            const int buffer = whole ? BUFFER : group % 2;
+            const int buffer = whole ? BUFFER : group % BUFFERS;
 #pragma unroll
             for (int j = 0; j < GROUP; j++) {
                 const int k = group * GROUP + j;
@@ -159,8 +161,8 @@ struct Consumer {
 #pragma unroll
                 for (int i = 0; i < MT; i++) product(acc[i], a[buffer][j][i], x + (group * GROUP + j) * 2);
             products_commit();
-            products_wait<1>();
-            if (group == 0 && !first) release(last);
+            products_wait<BUFFERS - 1>();
+            if (group == BUFFERS - 2 && !first) release(last);
         }
         last = stage;
         ring.next();

@@ -20,6 +20,7 @@ class WgmmaTile:
         nt: tokens of a block, a multiple of 8.
         stages: of the ring, 64 columns each.
         group: k steps of 16 a commit.
+        buffers: commits whose decoded weights are kept: 2, or 4 with a group of 1.
         split: 2: a cluster of two blocks cuts K.
         multicast: a cluster of two blocks of rows fetches x once.
         blocks: a multiprocessor.
@@ -37,6 +38,7 @@ class WgmmaTile:
     blocks: int = 1
     trigger: int = 1
     every_thread: bool = False
+    buffers: int = 2
 
     @property
     def cluster(self) -> int:
@@ -79,7 +81,7 @@ def gate_up_tile(m: int, n: int, k: int, multiprocessors: int = 132) -> WgmmaTil
     if m <= 64:
         nt = -(-m // 8) * 8
         if n >= 192 * multiprocessors:
-            return fitted(WgmmaTile(mt=2, nt=nt, stages=12))
+            return fitted(WgmmaTile(mt=1, nt=nt, stages=9, blocks=2))
         if chunks % 2 == 0 and n // 128 <= multiprocessors:
             return fitted(WgmmaTile(mt=1, nt=nt, stages=min(8, chunks // 2), split=2, blocks=2))
         return fitted(WgmmaTile(mt=1, nt=nt, stages=8, blocks=2))

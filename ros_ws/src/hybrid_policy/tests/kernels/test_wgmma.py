@@ -175,6 +175,7 @@ class TestOnTheGPU:
             WgmmaTile(mt=1, nt=56, stages=3, group=2, blocks=2),
             WgmmaTile(mt=1, nt=64, stages=3, group=1, multicast=True),
             WgmmaTile(mt=2, nt=56, stages=5),
+            WgmmaTile(mt=2, nt=56, stages=3, group=1, buffers=4),
             WgmmaTile(mt=2, nt=64, stages=5, group=2, multicast=True),
             WgmmaTile(mt=2, nt=176, stages=4, group=1, multicast=True),
             WgmmaTile(mt=2, nt=192, stages=4, group=1),
