@@ -51,7 +51,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
     int turn = p.turn;
     u8* mail = p.mail + turn * MAIL;
     u8* next = p.mail + (turn + 2) % 4 * MAIL;
-    u8* parcels = p.parcels + turn * PARCELS;
+    u8* const parcels = p.parcels;
     if (holds) {
         if (own_token < TOKENS) h = float4_at(h_at);
         post_stream(at, h, float4_at(p.vectors + V_FACTOR1 + own_column), mail, next, M_IN1, M_SQUARES1, own_squares);
@@ -181,7 +181,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
                 post_to_owners(at, d, scratch, sums_at);
                 if (stage == DOWN) {
                     turn = (turn + 1) % 4;
-                    mail = p.mail + turn * MAIL, next = p.mail + (turn + 2) % 4 * MAIL, parcels = p.parcels + turn * PARCELS;
+                    mail = p.mail + turn * MAIL, next = p.mail + (turn + 2) % 4 * MAIL;
                     // what the block has emptied so far is empty for everybody before its mail of the next layer, and
                     // wanted a layer later; this warpgroup has nothing else to do now
                     if (at.group == 1) asm volatile("fence.acq_rel.gpu;" ::: "memory");

@@ -64,7 +64,7 @@ class LoopPlan:
 
     @property
     def parcel_words(self) -> int:
-        """32-bit words of one copy of the parcels."""
+        """32-bit words of the parcels."""
         return TILES * PARTS * 512 * (2 * self.padded // 8 + PARTS)
 
 
@@ -179,7 +179,7 @@ class ExpertLoop:
         self.row_scale = torch.empty(layers, rows, device=device)
         self.vectors = torch.empty(steps, layers, rows + 2 * WIDTH, device=device)
         self._mail = torch.full((4, plan.mail_words), _EMPTY, dtype=torch.int32, device=device)
-        self._parcels = torch.full((4, plan.parcel_words), _EMPTY, dtype=torch.int32, device=device)
+        self._parcels = torch.full((plan.parcel_words,), _EMPTY, dtype=torch.int32, device=device)
         self.clocks = torch.zeros(blocks, layers, 24, dtype=torch.int64, device=device) if trace else None
         macros = {"TOKENS": tokens, "MT": plan.padded, "KEYS": plan.keys, "SLOTS": plan.slots}
         macros |= {f"FORMAT_{name.upper()}": expert.FORMATS[fmt] for name, fmt in formats.items()}

@@ -33,7 +33,7 @@ constexpr int M_IN1 = 0, M_Q = M_IN1 + MT * WIDTH * 2, M_K = M_Q + MT * HEADS * 
 constexpr int M_SEEN = M_V + MT * HEAD_DIM * 2, M_IN2 = M_SEEN + MT * HEADS * HEAD_DIM * 2, M_ACT = M_IN2 + MT * WIDTH * 2;
 constexpr int M_SQUARES1 = M_ACT + MT * FEATURES * 2, M_SQUARES2 = M_SQUARES1 + TILES * MT * 4;
 constexpr int M_TOPS = M_SQUARES2 + TILES * MT * 4, MAIL = M_TOPS + TILES * PARTS * QUERIES * 8;
-// bytes of one copy of the parcels: partial sums of output and down [tile, owner, part, 4 x 16 rows, lane] float4, of
+// bytes of the parcels: partial sums of output and down [tile, owner, part, 4 x 16 rows, lane] float4, of
 // attention [tile, owner, part, row of 8, half, lane] 2 x bf16x2
 constexpr int P_OUT = 0, P_DOWN = P_OUT + TILES * NT * PARTS * 2048, P_SEEN = P_DOWN + TILES * NT * PARTS * 2048;
 constexpr int PARCELS = P_SEEN + TILES * PARTS * PARTS * 2048;
@@ -72,7 +72,7 @@ struct Arguments {
     const float* sines;
     const int* valid;        // keys of the prefix
     u8* mail;                // [4, MAIL]
-    u8* parcels;             // [4, PARCELS]
+    u8* parcels;             // [PARCELS]
     long long* trace;        // [blocks, layers, 24] clocks, where TRACE
     int layers, capacity, turn;  // turn: which copy of the mail the first layer takes
     float eps, scale;            // scale: log2(e) / sqrt(HEAD_DIM)

@@ -90,7 +90,7 @@ struct Ring {
         if (lane == 0 && left > 0) {
             ask_late(policy);
             late = next, late_slot = slot, late_bytes = size;
-            asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;" : "=r"(ticket) : "r"(counts + slot * 4) : "memory");
+            asm volatile("atom.relaxed.cta.shared::cta.add.u32 %0, [%1], 1;" : "=r"(ticket) : "r"(counts + slot * 4) : "memory");
         }
         advance(size);
         if (++slot == SLOTS) slot = 0, parity ^= 1;
@@ -115,8 +115,8 @@ __device__ __forceinline__ void store_shared4(u32 address, const uint4& v) {
 
 // ---- mail: a word that is not EMPTY has arrived, so no flag, no fence and no second trip is needed. Four copies
 // take turns from layer to layer. What many read, its writer empties in the copy after the next, which everybody has read
-// two layers ago; what one block reads (parcels), that block empties when it has it. Emptying comes behind posting: stores
-// leave in order.
+// two layers ago; what one block reads (parcels, there once), that block empties when it has it. Emptying comes behind
+// posting: stores leave in order. Mail must be small: what falls out of L2 comes back from memory, at every poll.
 
 __device__ __forceinline__ uint4 peek4(const void* from) {
     uint4 v;
@@ -209,22 +209,20 @@ __device__ __forceinline__ void take_tokens(u32 to, const u8* from, int t, int s
 
 #define D4(i) "+f"(d[4 * i]), "+f"(d[4 * i + 1]), "+f"(d[4 * i + 2]), "+f"(d[4 * i + 3])
 
-__device__ __forceinline__ void warpgroup_mma(float (&d)[4 * NT], const u32 (&a)[4], u64 b, int add) {
+__device__ __forceinline__ void warpgroup_mma(float (&d)[4 * NT], const u32 (&a)[4], u64 b) {
 #if MT == 56
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %33, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n56k16.f32.bf16.bf16 "
+    asm volatile("wgmma.mma_async.sync.aligned.m64n56k16.f32.bf16.bf16 "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-                 "%22, %23, %24, %25, %26, %27}, {%28, %29, %30, %31}, %32, p, 1, 1, 0;\n}"
+                 "%22, %23, %24, %25, %26, %27}, {%28, %29, %30, %31}, %32, 1, 1, 1, 0;"
                  : D4(0), D4(1), D4(2), D4(3), D4(4), D4(5), D4(6)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 #else
     static_assert(MT == 64, "token tiles");
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-                 "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
+                 "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
                  : D4(0), D4(1), D4(2), D4(3), D4(4), D4(5), D4(6), D4(7)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 #endif
 }
 
@@ -241,8 +239,11 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, u32 x, i
     constexpr int STEPS = Piece<FORMAT>::STEPS, PER16 = FORMAT == 0 ? 1 : FORMAT == 1 ? 2 : 4, BATCH = STEPS / 2;
     // K-major, 128-byte swizzle, 1024 bytes from eight tokens to the next eight
     const u64 b = ((u64)x >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+#pragma unroll
+    for (int i = 0; i < 4 * NT; i++) d[i] = 0.0f;
+    int piece = 0;
 #pragma unroll 1
-    for (int piece = 0; piece < pieces; piece++) {
+    do {
         const u32 from = ring.arrived() + warp * Piece<FORMAT>::BYTES;
         uint4 w[2], s[2];
 #pragma unroll
@@ -266,14 +267,14 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, u32 x, i
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
                 const int step = i * BATCH + j;
-                warpgroup_mma(d, a[j], here + (u64)((step / 4 * (MT * 128) + step % 4 * 32) >> 4), step > 0 || piece > 0);
+                warpgroup_mma(d, a[j], here + (u64)((step / 4 * (MT * 128) + step % 4 * 32) >> 4));
             }
             wgmma_commit();
             wgmma_wait<1>();  // the registers of the batch before are free
         }
-    }
-    if (lane == 0) ring.ask_late(policy);
+    } while (++piece < pieces);
     wgmma_wait<0>();
+    if (lane == 0) ring.ask_late(policy);
 }
 
 // ---- partial sums: 16 bytes of one lane's accumulator to a block of the cluster, counted by its barrier
