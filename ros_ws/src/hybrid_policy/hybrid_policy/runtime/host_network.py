@@ -22,7 +22,7 @@ from hybrid_policy.runtime.host_layers import (
     rms_norm,
     rotations,
 )
-from hybrid_policy.runtime.host_linear import Buffers, Floats, HostLinear, numbers
+from hybrid_policy.runtime.host_linear import Buffers, Floats, HostLinear
 
 #: of every norm of the expert, in the order in which a pass meets them, and pi0's time embedding
 StepModulations = tuple[Sequence[Modulation], Floats | None]
@@ -35,7 +35,7 @@ class HostNetwork:
         config = self._config = model.config
         self._prefix_norms = [plain_norm(norm) for norm in model.prefix.norms()]
         self._expert_norms = [plain_norm(n) for n in model.expert.norms()] if config.kind == "pi0" else []
-        self._words = numbers(model.prefix.embed_tokens.weight)
+        self._words: Floats = model.prefix.embed_tokens.weight.detach().float().numpy()
         projector = model.get_submodule(PROJECTOR[:-1])
         self._vision = HostVision(model.vision, projector, config.vision, config.image_size)
         self._buffers = Buffers()
