@@ -10,7 +10,7 @@ compressed-tensors ``nvfp4-pack-quantized``: ``weight_packed`` uint8 [N, K/2], `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,21 @@ from hybrid_policy.kernels.nvfp4 import GROUP, NVFP4Tensor
 
 #: precision -> ModelOpt's name in ``hf_quant_config.json``; bf16 layers are left out there.
 MODELOPT_ALGORITHMS = {"nvfp4_w4a16": "W4A16_NVFP4", "nvfp4_w4a4": "NVFP4", "fp8_w8a8": "FP8"}
+
+
+#: Last parts of the names that :func:`read` and :func:`read_input_scale` may look for.
+LEAVES = ("weight", "weight_scale", "weight_scale_2", "weight_packed", "weight_global_scale", "input_scale")
+
+
+def missing(names: Container[str], layer: str, precision: str) -> list[str]:
+    """Names of the tensors that ``layer``, stored in ``precision``, lacks among ``names``."""
+    wanted = ["weight"]
+    if precision.startswith("nvfp4"):
+        packed = f"{layer}.weight_packed" in names
+        wanted = ["weight_packed", "weight_global_scale"] if packed else ["weight", "weight_scale_2"]
+    if precision != "bf16":
+        wanted.append("weight_scale")
+    return [f"{layer}.{leaf}" for leaf in wanted if f"{layer}.{leaf}" not in names]
 
 
 def read(tensors: Mapping[str, torch.Tensor], layer: str) -> torch.Tensor | NVFP4Tensor | FP8Tensor:
@@ -83,8 +98,12 @@ def write_compressed_tensors(layer: str, weight: NVFP4Tensor) -> dict[str, torch
     }
 
 
-def modelopt_config(precisions: Mapping[str, str], exclude: Iterable[str] = ()) -> dict[str, Any]:
+def modelopt_config(
+    precisions: Mapping[str, str], exclude: Iterable[str] = (), *, version: str = "", kv_cache: str | None = None
+) -> dict[str, Any]:
     """The content of ``hf_quant_config.json`` for layers by name and precision (bf16 layers left out).
+
+    ``version``: of the writer. ``kv_cache``: ModelOpt's name of the cache's format, None for unquantised.
 
     Raises:
         InputError: a precision that ModelOpt has no name for.
@@ -100,10 +119,10 @@ def modelopt_config(precisions: Mapping[str, str], exclude: Iterable[str] = ()) 
             entry["group_size"] = GROUP
         layers[name] = entry
     return {
-        "producer": {"name": "hybrid_policy"},
+        "producer": {"name": "hybrid_policy", "version": version, "format": "modelopt"},
         "quantization": {
             "quant_algo": "MIXED_PRECISION",
-            "kv_cache_quant_algo": None,
+            "kv_cache_quant_algo": kv_cache,
             "quantized_layers": layers,
             "exclude_modules": sorted(exclude),
         },

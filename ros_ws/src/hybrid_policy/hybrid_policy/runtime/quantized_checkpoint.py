@@ -1,12 +1,9 @@
 """Mixed-precision checkpoints in ModelOpt's form, written by a recipe and read back to the same bits.
 
 ``hf_quant_config.json`` says ``quant_algo: MIXED_PRECISION`` and names each quantised layer with its algorithm
-(``W4A16_NVFP4``, ``NVFP4``, ``FP8``); a layer's tensors are
-
-    NVFP4   weight uint8 [N, K/2] (even k in the low nibble), weight_scale e4m3 [N, K/16], weight_scale_2 fp32 []
-    FP8     weight e4m3 [N, K], weight_scale fp32 [], and input_scale fp32 [] where activations were calibrated
-
-Beside it lie the source's own files (config, statistics, tokenizer) and ``recipe.yaml``, the recipe applied.
+(``W4A16_NVFP4``, ``NVFP4``, ``FP8``); a layer's tensors are those of ``kernels.checkpoint_formats``, which also reads
+compressed-tensors' form. Beside it lie the source's own files (config, statistics, tokenizer) and ``recipe.yaml``, the
+recipe applied.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,7 +19,8 @@ from torch import Tensor
 
 from hybrid_policy import __version__
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels import fp8, nvfp4
+from hybrid_policy.kernels import checkpoint_formats, fp8, nvfp4
+from hybrid_policy.kernels.checkpoint_formats import MODELOPT_ALGORITHMS
 from hybrid_policy.models.checkpoint import Checkpoint
 from hybrid_policy.models.checkpoint_config import canonical
 from hybrid_policy.models.pi05 import keeps_float32
@@ -33,12 +30,6 @@ from hybrid_policy.runtime.sites import Packed
 
 CONFIG = "hf_quant_config.json"
 RECIPE = "recipe.yaml"
-#: precision -> (ModelOpt's algorithm, what else the entry says)
-ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "fp8_w8a8": ("FP8", {}),
-    "nvfp4_w4a16": ("W4A16_NVFP4", {"group_size": 16}),
-    "nvfp4_w4a4": ("NVFP4", {"group_size": 16}),
-}
 _SHARD_BYTES = 1 << 30
 
 
@@ -55,7 +46,7 @@ def quantised_sites(directory: Path) -> dict[str, str]:
     layers = table.get("quantized_layers") if isinstance(table, dict) else None
     if not isinstance(table, dict) or table.get("quant_algo") != "MIXED_PRECISION" or not isinstance(layers, dict):
         raise InputError.at(path, "quantization", table, "quant_algo MIXED_PRECISION with quantized_layers")
-    precisions = {algorithm: precision for precision, (algorithm, _) in ALGORITHMS.items()}
+    precisions = {algorithm: precision for precision, algorithm in MODELOPT_ALGORITHMS.items()}
     found = {}
     for site, entry in layers.items():
         algorithm = entry.get("quant_algo") if isinstance(entry, dict) else None
@@ -91,21 +82,24 @@ def read_packed(
     scales: dict[str, Tensor] = {}
     problems: list[str] = []
     for site, precision in sites.items():
-        wanted = ["weight", "weight_scale"] + (["weight_scale_2"] if precision.startswith("nvfp4") else [])
-        missing = [f"{site}.{leaf}: missing" for leaf in wanted if f"{site}.{leaf}" not in names]
-        if missing:
-            problems += missing
+        lacking = checkpoint_formats.missing(names, site, precision)
+        if lacking:
+            problems += [f"{name}: missing" for name in lacking]
             continue
-        weight, scale, *rest = (store.read(names[f"{site}.{leaf}"]).to(device, copy=True) for leaf in wanted)
+        held = (f"{site}.{leaf}" for leaf in checkpoint_formats.LEAVES)
+        tensors = {name: store.read(names[name]).to(device, copy=True) for name in held if name in names}
         try:
-            if precision == "fp8_w8a8":
-                packed[site] = fp8.FP8Tensor(weight, scale.float().reshape(scale.shape if scale.ndim == 1 else ()))
+            weight = checkpoint_formats.read(tensors, site)
+            kind = nvfp4.NVFP4Tensor if precision.startswith("nvfp4") else fp8.FP8Tensor
+            if isinstance(weight, kind):
+                packed[site] = weight
             else:
-                packed[site] = nvfp4.NVFP4Tensor(weight, scale, rest[0].float().reshape(()))
+                problems.append(f"{site}.weight: {type(weight).__name__} given, expected {precision}")
         except InputError as error:
             problems.append(f"{site}: {error}")
-        if f"{site}.input_scale" in names:
-            scales[site] = store.read(names[f"{site}.input_scale"]).to(device, torch.float32).reshape(())
+        input_scale = checkpoint_formats.read_input_scale(tensors, site)
+        if input_scale is not None:
+            scales[site] = input_scale
     if problems:
         raise InputError("quantised tensors that do not fit:\n  " + "\n  ".join(problems))
     return packed, scales
@@ -113,16 +107,9 @@ def read_packed(
 
 def site_tensors(site: str, weight: Packed, input_scale: Tensor | None = None) -> dict[str, Tensor]:
     """The tensors that stand for one site in a ModelOpt checkpoint."""
-    if isinstance(weight, nvfp4.NVFP4Tensor):
-        held = {"weight": weight.codes, "weight_scale": weight.scales, "weight_scale_2": weight.global_scale}
-    elif isinstance(weight, fp8.FP8Tensor):
-        held = {"weight": weight.values, "weight_scale": weight.scale}
-    else:
-        held = {"weight": weight}
-    if input_scale is not None:
-        held["input_scale"] = input_scale
+    held = checkpoint_formats.write_modelopt(site, weight, input_scale)
     # cloned: gate and up share one tensor in memory, and the format allows no sharing
-    return {f"{site}.{leaf}": tensor.cpu().contiguous().clone() for leaf, tensor in held.items()}
+    return {name: tensor.cpu().contiguous().clone() for name, tensor in held.items()}
 
 
 def write_quantised(
@@ -155,20 +142,8 @@ def write_quantised(
             dtype = torch.float32 if keeps_float32(name) else torch.bfloat16
             shards.add({name: checkpoint.tensor(name, "cpu", dtype)})
     shards.finish()
-    layers = {
-        site: {"quant_algo": ALGORITHMS[precision][0], **ALGORITHMS[precision][1]}
-        for site, precision in precisions.items()
-        if precision in ALGORITHMS
-    }
     cache = "FP8" if recipe.prefix_cache == "fp8" else None
-    config = {
-        "producer": {"name": "hybrid_policy", "version": __version__, "format": "modelopt"},
-        "quantization": {
-            "quant_algo": "MIXED_PRECISION",
-            "kv_cache_quant_algo": cache,
-            "quantized_layers": layers,
-        },
-    }
+    config = checkpoint_formats.modelopt_config(precisions, version=__version__, kv_cache=cache)
     (out / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     write_recipe(out / RECIPE, recipe)
     for entry in _companions(checkpoint.directory):

@@ -200,6 +200,17 @@ def test_checkpoint_forms_read_back_bit_for_bit():
     }
 
 
+def test_missing_tensors_are_listed_in_the_form_that_is_there():
+    missing = checkpoint_formats.missing
+    assert missing({"a.weight"}, "a", "bf16") == []
+    assert missing({"a.weight"}, "a", "fp8_w8a8") == ["a.weight_scale"]
+    assert missing({"a.weight"}, "a", "nvfp4_w4a16") == ["a.weight_scale_2", "a.weight_scale"]
+    assert missing({"a.weight_packed"}, "a", "nvfp4_w4a4") == ["a.weight_global_scale", "a.weight_scale"]
+    four = nvfp4.quantize(gaussian(32, 64))
+    for stored in (checkpoint_formats.write_modelopt("a", four), checkpoint_formats.write_compressed_tensors("a", four)):
+        assert missing(stored, "a", "nvfp4_w4a16") == []
+
+
 def test_checkpoint_errors_name_the_tensor():
     stored = checkpoint_formats.write_modelopt("a", nvfp4.quantize(gaussian(32, 64)))
     with pytest.raises(InputError, match=r"b\.weight: not in the checkpoint"):
