@@ -101,10 +101,10 @@ def check(formats, layers=3, steps=2, tokens=50, valid=560, capacity=610) -> flo
     return ((first.double() - expected).norm() / expected.norm()).item()
 
 
-def measure(formats, valid, layers=18, steps=10, tokens=50, trace=False):
+def measure(formats, valid, layers=18, steps=10, tokens=50, **options):
     """Microseconds a layer of a captured loop of all steps; and the clocks of the last step where traced."""
     torch.manual_seed(0)
-    loop, _, keys, values, tables = build(formats, layers, steps, tokens, valid, valid + tokens, same=True, trace=trace)
+    loop, _, keys, values, tables = build(formats, layers, steps, tokens, valid, valid + tokens, same=True, **options)
     start = torch.tensor([valid], dtype=torch.int32, device=DEVICE)
     h0 = torch.randn(tokens, WIDTH, device=DEVICE)
     h = h0.clone()
@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--trace", action="store_true", help="also where the time of a layer goes")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--macros", nargs="+", default=[""], help="variants, each like BACKOFF=0,FENCED=1")
     parser.add_argument("--quick", action="store_true", help="one check and one timing a recipe")
     arguments = parser.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__)
@@ -172,6 +173,10 @@ def main() -> None:
                     continue
                 row[f"us a layer {case}"] = measure(formats, valid)[0]
                 print(f"{name} {case}: {row[f'us a layer {case}']:.2f} us a layer", flush=True)
+            for variant in filter(None, arguments.macros):
+                macros = {key: int(value) for key, value in (item.split("=") for item in variant.split(","))}
+                row[f"us a layer {variant}"] = measure(formats, 560, macros=macros)[0]
+                print(f"{name} {variant}: {row[f'us a layer {variant}']:.2f} us a layer", flush=True)
             if arguments.trace:
                 clocks_table(measure(formats, 560, trace=True)[1])
         except Exception:

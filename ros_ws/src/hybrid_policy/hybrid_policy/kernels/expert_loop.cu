@@ -17,12 +17,15 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
     const bool owns = at.part < NT;                              // owns tokens of the residual stream
     const int row_tile = at.warp % 4;
 
-    const u32 base = shared_address(memory), x = base + A_X;
+    u32 base = shared_address(memory);
+    asm volatile("" : "+r"(base));  // held in a register: computing it again reads a slow special one
+    const u32 x = base + A_X;
     const u32 pair_sums = base + A_SUMS, scratch = pair_sums + SUMS, pair_barrier = shared_address(&sum_barrier);
     u32 pair_parity = 0;
 
     Ring ring;
     ring.data = base + A_RINGS, ring.barriers = shared_address(ring_barriers), ring.counts = shared_address(ring_counts);
+    asm volatile("" : "+r"(ring.barriers), "+r"(ring.counts));
     ring.qkv_pieces = projects ? N_QKV : 0;
     ring.left = p.layers * ring.layer_pieces();
     {
@@ -184,7 +187,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
                     mail = p.mail + turn * MAIL, next = p.mail + (turn + 2) % 4 * MAIL;
                     // what the block has emptied so far is empty for everybody before its mail of the next layer, and
                     // wanted a layer later; this warpgroup has nothing else to do now
-                    if (at.group == 1) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+                    if (FENCED && at.group == 1) asm volatile("fence.acq_rel.gpu;" ::: "memory");
                 }
                 MARK(stage == OUT ? 8 : 15);
                 if (holds) {

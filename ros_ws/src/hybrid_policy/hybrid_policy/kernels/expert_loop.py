@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels import expert, expert_packing
+from hybrid_policy.kernels import expert, expert_packing, packing
 from hybrid_policy.kernels.expert import Weight
 from hybrid_policy.kernels.nvrtc import Kernel
 
@@ -91,9 +91,9 @@ def pieces(fmt: str, values: Tensor, scales: Tensor | None) -> Tensor:
     """Rows of W cut into bulk copies: uint8 [N / 16, K / 16 / steps, bytes].
 
     Lane ``4g + t`` holds wgmma's A fragment of 16 rows and 16 k: element (k8, r8, e) is row ``2g + r8``, k
-    ``2t + 8 k8 + e``. bf16 and E4M3 lie as in `expert_packing`. NVFP4: two times 512 bytes of codes (four k steps, a
-    32-bit word each and lane), then two times 128 bytes of scales: for each g four words, one a k step, of
-    bf16(scale · 2^119) of rows 2g (low) and 2g + 1.
+    ``2t + 8 k8 + e``. A piece is twice 512 bytes, of each lane 16. bf16: one k step, (k8, r8, e). E4M3: two k steps,
+    four words (step, k8) of `e4m3_words`. NVFP4: four k steps, a word of `packing.pack_words` each; then twice 128
+    bytes of scales: for each g four words, one a k step, of bf16(scale · 2^119) of rows 2g (low) and 2g + 1.
     """
     n, k = values.shape
     steps, size = PIECE[fmt]
@@ -103,15 +103,25 @@ def pieces(fmt: str, values: Tensor, scales: Tensor | None) -> Tensor:
     if fmt == "bf16":
         return f.contiguous().view(torch.uint8).reshape(n // 16, -1, size)
     if fmt == "e4m3":
-        pairs = f.unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5, 6, 7)  # T S' g t step k8 r8 e
-        return pairs.contiguous().reshape(n // 16, -1, size)
+        words = e4m3_words(f).unflatten(1, (-1, 2, 2)).permute(0, 1, 2, 4, 5, 3, 6)  # T P half g t step k8
+        return words.contiguous().view(torch.uint8).reshape(n // 16, -1, size)
     assert scales is not None
-    words = expert_packing.nibbles_to_words(f)  # T S g t
+    words = packing.pack_words(f.flatten(-3))[..., 0]  # T S g t
     words = words.unflatten(1, (-1, 2, 4)).permute(0, 1, 2, 4, 5, 3)  # T P half g t step
     codes = words.contiguous().view(torch.uint8).reshape(n // 16, -1, 1024)
     wide = expert_packing.wide_scales(scales).reshape(n // 16, 8, 2, -1, 2, 4)  # T g r8 P half step
     wide = wide.permute(0, 3, 4, 1, 5, 2)  # T P half g step r8
     return torch.cat((codes, wide.contiguous().view(torch.uint8).reshape(n // 16, -1, 256)), -1)
+
+
+def e4m3_words(codes: Tensor) -> Tensor:
+    """Bytes of E4M3 [..., r8, e] -> int32 [...]: see `operand_of` in expert_loop_parts.cu."""
+    wide = codes.to(torch.int64)
+    first, second = wide[..., 0, :], wide[..., 1, :]
+    half = (first & 0x80) << 8 | (first & 0x7F) << 4
+    half |= (second & 0x80) << 4 | (second & 0x70) << 8 | second & 0x0F
+    word = half[..., 0] | half[..., 1] << 16
+    return torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32)
 
 
 def _shares(stage: str) -> tuple[Tensor, Tensor]:
@@ -144,7 +154,7 @@ class ExpertLoop:
         layers, steps: of the expert, of the flow.
         tokens: of a chunk. capacity: rows of the cache.
         formats: ``qkv``, ``o``, ``gate_up``, ``down`` -> bf16, e4m3 or nvfp4 (activations are bf16 in each).
-        trace: record clocks of every block and stage in `clocks`.
+        trace: record clocks of every block and stage in `clocks`. macros: BACKOFF, FENCED, for experiments.
     """
 
     def __init__(
@@ -158,6 +168,7 @@ class ExpertLoop:
         *,
         pdl: bool = True,
         trace: bool = False,
+        macros: dict[str, int] | None = None,
     ) -> None:
         plan = plan_loop(tokens, capacity, expert.shared_limit(device))
         if plan is None:
@@ -181,7 +192,8 @@ class ExpertLoop:
         self._mail = torch.full((4, plan.mail_words), _EMPTY, dtype=torch.int32, device=device)
         self._parcels = torch.full((plan.parcel_words,), _EMPTY, dtype=torch.int32, device=device)
         self.clocks = torch.zeros(blocks, layers, 24, dtype=torch.int64, device=device) if trace else None
-        macros = {"TOKENS": tokens, "MT": plan.padded, "KEYS": plan.keys, "SLOTS": plan.slots}
+        chosen = {"BACKOFF": 20, "FENCED": 1} | (macros or {})
+        macros = chosen | {"TOKENS": tokens, "MT": plan.padded, "KEYS": plan.keys, "SLOTS": plan.slots}
         macros |= {f"FORMAT_{name.upper()}": expert.FORMATS[fmt] for name, fmt in formats.items()}
         self._kernel = Kernel(
             SOURCES, "expert_loop", macros | {"PDL": int(pdl), "TRACE": int(trace)},

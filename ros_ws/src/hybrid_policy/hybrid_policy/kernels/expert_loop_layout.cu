@@ -13,7 +13,7 @@
 // an H100 holds 15 of them, not 16: its processors are not spread evenly.
 //
 // Macros: TOKENS; MT (56 or 64); KEYS (of a block, at most; a multiple of 16); FORMAT_QKV,
-// FORMAT_O, FORMAT_GATE_UP, FORMAT_DOWN; SLOTS of the rings; PDL; TRACE.
+// FORMAT_O, FORMAT_GATE_UP, FORMAT_DOWN; SLOTS of the ring; PDL; TRACE; BACKOFF (nanoseconds between polls); FENCED.
 
 enum Stage { QKV, OUT, GATE_UP, DOWN };
 constexpr int TILES = 16, PARTS = 8;
@@ -36,7 +36,7 @@ constexpr int M_TOPS = M_SQUARES2 + TILES * MT * 4, MAIL = M_TOPS + TILES * PART
 // bytes of the parcels: partial sums of output and down [tile, owner, part, 4 x 16 rows, lane] float4, of
 // attention [tile, owner, part, row of 8, half, lane] 2 x bf16x2
 constexpr int P_OUT = 0, P_DOWN = P_OUT + TILES * NT * PARTS * 2048, P_SEEN = P_DOWN + TILES * NT * PARTS * 2048;
-constexpr int PARCELS = P_SEEN + TILES * PARTS * PARTS * 2048;
+// [tile, owner, part] of attention: TILES * PARTS * PARTS * 2048 more
 
 // shared memory: activations (or keys), partial sums (or values), queries, probabilities, rings
 constexpr int PITCH = HEAD_DIM * 2 + 16, P_PITCH = KEYS * 2 + 16, SCRATCH = NT * 4 * 512;
@@ -72,7 +72,7 @@ struct Arguments {
     const float* sines;
     const int* valid;        // keys of the prefix
     u8* mail;                // [4, MAIL]
-    u8* parcels;             // [PARCELS]
+    u8* parcels;
     long long* trace;        // [blocks, layers, 24] clocks, where TRACE
     int layers, capacity, turn;  // turn: which copy of the mail the first layer takes
     float eps, scale;            // scale: log2(e) / sqrt(HEAD_DIM)

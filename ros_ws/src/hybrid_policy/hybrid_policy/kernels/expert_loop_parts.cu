@@ -184,7 +184,7 @@ __device__ __forceinline__ void take_tokens(u32 to, const u8* from, int t, int s
     for (u32 tries = 0;; tries++) {  // nobody reads everything again and again: one word first
         v[0] = peek4(at);
         if (complete(v[0])) break;
-        __nanosleep(20);
+        if (BACKOFF) __nanosleep(BACKOFF);
         if (tries > PATIENCE) __trap();
     }
     pending &= ~1u;
@@ -232,6 +232,31 @@ template <int LEFT> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
+// One k step of the A operand from a lane's words. E4M3: a word holds (k8; r8, e), by halves e: row 2g's sign and magnitude
+// at bits 15 and 10..4, as a bf16 wants them; row 2g + 1's sign at 11, its magnitude's upper three bits at 14..12 and lower
+// four at 3..0. NVFP4: packing.pack_words; scales: bf16 of s * 2^119 of both rows. (13 and 15 instructions; expert_common's
+// plain bytes and nibbles take 24.)
+template <int FORMAT>
+__device__ __forceinline__ void operand_of(u32 (&a)[4], const uint4& w, int step, u32 scales) {
+    if constexpr (FORMAT == 0) {
+        a[0] = w.x, a[1] = w.y, a[2] = w.z, a[3] = w.w;
+    } else if constexpr (FORMAT == 1) {
+        const u32 words[2] = {step == 0 ? w.x : w.z, step == 0 ? w.y : w.w};
+#pragma unroll
+        for (int k8 = 0; k8 < 2; k8++) {  // E4M3's bits as a bf16 are v * 2^-120
+            a[2 * k8] = multiply(words[k8] & 0x87f087f0u, 0x7b807b80u);
+            a[2 * k8 + 1] = multiply(((words[k8] << 4) & 0x80f080f0u) | ((words[k8] >> 4) & 0x07000700u), 0x7b807b80u);
+        }
+    } else {  // E2M1's bits as a bf16 are v * 2^-126
+        const u32 word = step == 0 ? w.x : step == 1 ? w.y : step == 2 ? w.z : w.w, mask = 0x81c081c0u;
+        const u32 low = __byte_perm(scales, 0, 0x1010), high = __byte_perm(scales, 0, 0x3232);
+        a[0] = multiply(word & mask, low);
+        a[1] = multiply(((word << 3) ^ (word << 2)) & mask, high);
+        a[2] = multiply((word << 6) & mask, low);
+        a[3] = multiply(((word << 1) ^ (word >> 4)) & mask, high);
+    }
+}
+
 // d = W x over ``pieces`` of the ring; x: shared address of the first block of 64 columns. Two batches a piece, so that
 // one is decoded while the other is multiplied.
 template <int FORMAT>
@@ -260,7 +285,7 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, u32 x, i
             for (int j = 0; j < BATCH; j++) {
                 u32 scales = 0;
                 if constexpr (FORMAT == 2) scales = j == 0 ? s[i].x : j == 1 ? s[i].y : j == 2 ? s[i].z : s[i].w;
-                fragment<FORMAT>(a[j], w[i], j, scales);
+                operand_of<FORMAT>(a[j], w[i], j, scales);
             }
             static_assert(BATCH == PER16, "a batch is a lane's 16 bytes");
             wgmma_fence();
