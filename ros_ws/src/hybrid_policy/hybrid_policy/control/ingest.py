@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from hybrid_policy.control.robot_file import Camera
 from hybrid_policy.errors import InputError
 
-CHANNELS = {"rgb8": 3, "bgr8": 3, "mono8": 1}
+CHANNELS = {"rgb8": 3, "bgr8": 3, "mono8": 1, "rgba8": 4, "bgra8": 4}
 #: No robot camera is larger; a message that claims to be is refused before anything is allocated.
 MAX_PIXELS = 8192 * 8192
 MAX_PROMPT_BYTES = 4096
@@ -59,7 +59,7 @@ def check_image(message: Any, camera: Camera) -> None:
 
 
 def decode_image(message: Any, camera: Camera) -> NDArray[np.uint8]:
-    """uint8 [height, width, 3], RGB, of an Image (rgb8, bgr8, mono8) or a CompressedImage (JPEG, PNG).
+    """uint8 [height, width, 3], RGB, of an Image (`CHANNELS`) or a CompressedImage (JPEG, PNG).
 
     A view of the message's own memory where the layout allows it: do not write into it.
 
@@ -72,8 +72,10 @@ def decode_image(message: Any, camera: Camera) -> NDArray[np.uint8]:
     channels = CHANNELS[encoding]
     rows = data.reshape(height, step)[:, : width * channels]
     pixels = rows.reshape(height, width, channels)
-    if encoding == "bgr8":
-        return pixels[:, :, ::-1]
+    if encoding in ("bgr8", "bgra8"):
+        return pixels[:, :, 2::-1]
+    if encoding == "rgba8":
+        return pixels[:, :, :3]
     if encoding == "mono8":
         return np.broadcast_to(pixels, (height, width, 3))
     return pixels

@@ -21,7 +21,7 @@ from hybrid_policy.errors import InputError
 from hybrid_policy.models.observation import PolicySpec
 
 INTERFACES = ("joint_trajectory", "forward_position", "twist")
-ENCODINGS = ("rgb8", "bgr8", "mono8")
+ENCODINGS = ("rgb8", "bgr8", "mono8", "rgba8", "bgra8")
 TWIST_AXES = ("x", "y", "z", "roll", "pitch", "yaw")
 
 

@@ -43,7 +43,7 @@ def trajectories(
     with _style():
         columns = 3
         rows = -(-len(names) // columns)
-        figure, axes = _grid(rows, columns, (_WIDTH, 1.5 * rows + 0.5), sharex=True)
+        figure, axes = _grid(rows, columns, (_WIDTH, 1.5 * rows + 0.5), sharex=True, legend=True)
         marks = _marks(series, recipes)
         for i, name in enumerate(names):
             axis = axes[i]
@@ -70,7 +70,7 @@ def joints(series: Series, names: Sequence[str], origin: int) -> str:
     with _style():
         columns = 3
         rows = -(-len(names) // columns)
-        figure, axes = _grid(rows, columns, (_WIDTH, 1.5 * rows + 0.5), sharex=True)
+        figure, axes = _grid(rows, columns, (_WIDTH, 1.5 * rows + 0.5), sharex=True, legend=True)
         keep = _thin(len(series["joint_times"]))
         times = (series["joint_times"][keep] - origin) * 1e-9
         measured = series["joints"][keep][:, series["joint_index"]]
@@ -336,11 +336,12 @@ def _grid(
     size: tuple[float, float],
     sharex: bool = False,
     width_ratios: Sequence[float] | None = None,
+    legend: bool = False,
 ) -> tuple[Figure, list[Axes]]:
     """`_plots` with fixed margins, for axes whose labels are numbers: half the time of a layout that is searched."""
     figure, axes = _plots(rows, columns, size, sharex, width_ratios, layout=None)
     wide, high = size
-    top = _LEGEND if rows > 1 else 0.0  # inches, here and below
+    top = _LEGEND if legend else 0.0  # inches, here and below
     left, right, above, below, between, under = 0.5, 0.08, 0.24 + top, 0.4, 0.56, 0.32
     width = (wide - left - right - between * (columns - 1)) / columns
     height = (high - above - below - under * (rows - 1)) / rows

@@ -34,6 +34,11 @@ def test_each_encoding() -> None:
     np.testing.assert_array_equal(ingest.decode_image(message, RAW), pixels[:, :, ::-1])
     message.encoding, message.step, message.data = "mono8", 5, pixels[:, :, 0].tobytes()
     np.testing.assert_array_equal(ingest.decode_image(message, RAW), np.repeat(pixels[:, :, :1], 3, axis=2))
+    opaque = np.dstack((pixels, np.full((4, 5), 255, np.uint8)))
+    message.encoding, message.step, message.data = "rgba8", 20, opaque.tobytes()
+    np.testing.assert_array_equal(ingest.decode_image(message, RAW), pixels)
+    message.encoding = "bgra8"
+    np.testing.assert_array_equal(ingest.decode_image(message, RAW), pixels[:, :, ::-1])
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, lambda b: np.frombuffer(b, np.uint8), memoryview])
