@@ -207,8 +207,8 @@ def test_missing_tensors_are_listed_in_the_form_that_is_there():
     assert missing({"a.weight"}, "a", "nvfp4_w4a16") == ["a.weight_scale_2", "a.weight_scale"]
     assert missing({"a.weight_packed"}, "a", "nvfp4_w4a4") == ["a.weight_global_scale", "a.weight_scale"]
     four = nvfp4.quantize(gaussian(32, 64))
-    for stored in (checkpoint_formats.write_modelopt("a", four), checkpoint_formats.write_compressed_tensors("a", four)):
-        assert missing(stored, "a", "nvfp4_w4a16") == []
+    for write in (checkpoint_formats.write_modelopt, checkpoint_formats.write_compressed_tensors):
+        assert missing(write("a", four), "a", "nvfp4_w4a16") == []
 
 
 def test_checkpoint_errors_name_the_tensor():
