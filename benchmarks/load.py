@@ -26,30 +26,33 @@ import numpy as np
 from hybrid_policy.models.observation import Observation
 from hybrid_policy.runtime.engine import Engine
 import torch
-torch.cuda.init()
+if torch.cuda.is_available():
+    torch.cuda.init()
 imported = time.time()
-engine = Engine.from_checkpoint(sys.argv[1], sys.argv[2], "cuda", timing=False, progress=True)
+engine = Engine.from_checkpoint(sys.argv[1], sys.argv[2], "auto", timing=False, progress=True)
 loaded = time.time()
 spec = engine.spec
 images = {camera: np.zeros((224, 224, 3), np.uint8) for camera in spec.cameras}
 chunk = engine.infer(Observation(images=images, state=np.zeros(spec.state_dim, np.float32), prompt="pick up the cube"))
 first = time.time()
 print(json.dumps({"imports_s": imported - start, "load_s": loaded - imported, "first_action_s": first - loaded,
-    "total_s": first - start, "allocated_gb": torch.cuda.memory_allocated() / 1e9,
+    "total_s": first - start, "allocated_gb": torch.cuda.memory_allocated() / 1e9 if torch.cuda.is_available() else 0,
     "finite": bool(np.isfinite(chunk.actions).all())}))
 """
 
 
-def write_checkpoint(folder: Path) -> None:
+def write_checkpoint(folder: Path, *, small: bool = False) -> None:
     """Random weights, drawn on the GPU where there is one, under the names that our checkpoints have."""
     import torch
     from hybrid_policy.models.checkpoint_writer import save_checkpoint
-    from hybrid_policy.models.config import PI05_FULL
+    from hybrid_policy.models.config import PI05_FULL, small_config
     from hybrid_policy.models.pi05 import Pi05
     from hybrid_policy.runtime.random_policy import byte_tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = PI05_FULL.replace(cameras=PI05_FULL.cameras[:2], state_dim=7, action_dim=7)
+    if small:
+        config = small_config(cameras=config.cameras, state_dim=7, action_dim=7, vocab_size=512, max_token_len=256)
     with torch.device("meta"):
         model = Pi05(config)
     generator = torch.Generator(device).manual_seed(0)
@@ -89,12 +92,14 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/hybrid_policy_full"), help="where there are 7 GB")
     parser.add_argument("--recipes", default="bf16,h100")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--small", action="store_true", help="a policy of 10 M parameters, to try this script")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoint there")
     args = parser.parse_args()
     if not (args.folder / "model.safetensors").exists():
         begin = time.perf_counter()
         # in a process of its own: this one must hold neither the weights nor the device
-        subprocess.run([sys.executable, __file__, "--write", str(args.folder)], check=True)
+        command = [sys.executable, __file__, "--write", str(args.folder), *(["small"] if args.small else [])]
+        subprocess.run(command, check=True)
         print(f"written in {time.perf_counter() - begin:.1f} s", flush=True)
     weights = args.folder / "model.safetensors"
     drop_from_cache(args.folder)
@@ -114,7 +119,8 @@ def main() -> int:
 
         args.out.mkdir(parents=True, exist_ok=True)
         with (args.out / "load.csv").open("w", newline="") as file:
-            device = {"device": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d")}
+            name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+            device = {"device": name, "date": time.strftime("%Y-%m-%d")}
             writer = csv.DictWriter(file, [*rows[0], *device])
             writer.writeheader()
             writer.writerows({**row, **device} for row in rows)
@@ -125,6 +131,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--write"]:
-        write_checkpoint(Path(sys.argv[2]))
+        write_checkpoint(Path(sys.argv[2]), small=sys.argv[3:] == ["small"])
         sys.exit(0)
     sys.exit(main())

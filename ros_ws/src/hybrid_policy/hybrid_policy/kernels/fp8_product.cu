@@ -1,9 +1,9 @@
 // y = epilogue(x W' * scale) for a few hundred rows, FP8 E4M3 on both sides: a tile of 128 rows and NT columns a block.
 //
-// At these sizes a product is a few microseconds of moving tiles out of the L2, whose rate is what bounds it. So CM x CN
-// blocks of a cluster read each tile once: the CN blocks of a row tile each fetch a part of it for all of them, and so
-// do the CM blocks of a column tile. One wave of blocks (the plan picks NT for it); the first STAGES tiles of W are on
-// their way before the kernel in front has ended. One warp starts the copies, two warpgroups multiply.
+// One wave of blocks (the plan picks NT for it); the first STAGES tiles of W are on their way before the kernel in front
+// has ended. One warp starts the copies, two warpgroups multiply. With a long K the L2's rate is the bound: then CM x CN
+// blocks of a cluster read each tile once; the CN blocks of a row tile each fetch a part of it for all of them, and so
+// do the CM blocks of a column tile.
 //
 // Macros: NT, STAGES, CM, CN, BIAS, GELU (then the result is E4M3), PDL. wgmma_common.cu comes first, and before it
 // ``product`` for NT (fp8_product.py).
@@ -62,12 +62,19 @@ extern "C" __global__ __launch_bounds__(CONSUMERS + 32, 1) __cluster_dims__(BLOC
 void fp8_product(const __grid_constant__ Arguments a) {
     extern __shared__ u8 memory[];
     __shared__ u64 barriers[2 * STAGES];
+#if BIAS
+    __shared__ __align__(16) float bias[NT];  // a load behind the products would cost its latency, several times
+#endif
     u32 base = (shared_address(memory) + 1023) & ~1023u;
     u32 full = shared_address(barriers), empty = full + 8 * STAGES;
     int rank = blockIdx.x % BLOCKS, cm = rank % CM, cn = rank / CM;
     int cluster = blockIdx.x / BLOCKS, row_tiles = (a.rows + ROWS * CM - 1) / (ROWS * CM);
     int row0 = (cluster % row_tiles * CM + cm) * ROWS, column0 = (cluster / row_tiles * CN + cn) * NT;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#if BIAS
+    for (int i = threadIdx.x; i < NT; i += CONSUMERS + 32)
+        bias[i] = column0 + i < a.columns ? __uint_as_float((u32)a.bias[column0 + i] << 16) : 0.0f;
+#endif
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(full + 8 * s, 1);
@@ -146,9 +153,8 @@ void fp8_product(const __grid_constant__ Arguments a) {
                          : "=f"(y.x), "=f"(y.y), "=f"(y.z), "=f"(y.w) : "r"(base + (r * STRIDE + c) * 4) : "memory");
             y.x *= a.scale, y.y *= a.scale, y.z *= a.scale, y.w *= a.scale;
 #if BIAS
-            uint2 bias = *(const uint2*)(a.bias + column0 + c);
-            y.x += __uint_as_float(bias.x << 16), y.y += __uint_as_float(bias.x & 0xffff0000u);
-            y.z += __uint_as_float(bias.y << 16), y.w += __uint_as_float(bias.y & 0xffff0000u);
+            float4 add = *(const float4*)(bias + c);
+            y.x += add.x, y.y += add.y, y.z += add.z, y.w += add.w;
 #endif
             long long place = (long long)(row0 + r) * a.columns + column0 + c;
 #if GELU

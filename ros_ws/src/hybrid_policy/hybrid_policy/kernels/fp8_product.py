@@ -18,8 +18,8 @@ from hybrid_policy.kernels.tensor_map import tensor_map
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("wgmma_common.cu", "fp8_product.cu"))
 THREADS = 288
 ROWS = 128
-#: shared memory of a block on compute capability 9.0, less what barriers and alignment take
-SHARED_LIMIT = 227 * 1024 - 1024 - 256
+#: shared memory of a block on compute capability 9.0, less what barriers, bias and alignment take
+SHARED_LIMIT = 224 * 1024
 _ALIGN = 1024
 
 
@@ -53,11 +53,15 @@ def make_plan(nt: int, cm: int, cn: int, k: int) -> ProductPlan:
 
 
 def plan_product(m: int, n: int, k: int, processors: int = 132) -> ProductPlan:
-    """The tile that is estimated to finish first, one wave of blocks if need be.
+    """The tile for an [M, N, K], from what an H100 measured (benchmarks/prefix_stages.py).
 
-    A stage takes the longer of all blocks' bytes at 3100 a clock (what an H100's L2 gives: 5.5 TB/s) and one block's
-    products; the epilogue 8 clocks a column. Clusters of four leave some of a GPU's multiprocessors over.
+    With a short K a block's time goes with its columns: the fewest that one wave of blocks covers, from 64, below which
+    a block's rows are the larger part of what it reads. With a long K the L2's rate bounds it: clusters of four, which
+    leave some of a GPU's multiprocessors over, and the plan with the least of bytes (at 3100 a clock) or products.
     """
+    if k <= 2048:
+        plans = (make_plan(nt, 1, 1, k) for nt in range(64, 241, 8))
+        return min(plans, key=lambda plan: (math.ceil(plan.blocks(m, n) / processors), plan.nt))
     cm, cn = (2 if m > ROWS else 1), 2
     room = int(processors * 0.91) // (cm * cn) * (cm * cn)
 

@@ -20,16 +20,15 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("wgmma_common.cu", "
 ROWS = 64
 
 
-def vision_attention_reference(qkv: Tensor, heads: int, tokens: int, out: Tensor, out_scale: float | None) -> None:
+def vision_attention_reference(qkv: Tensor, heads: int, tokens: int, out_scale: float | None) -> Tensor:
     """softmax(q kᵀ / sqrt(d)) v of each view and head, by the library; what `vision_attention` does."""
     views, width = qkv.shape[0] // tokens, qkv.shape[1] // 3
     parts = qkv.view(views, tokens, 3, heads, width // heads).unbind(2)
     q, k, v = (part.transpose(1, 2) for part in parts)
-    seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(out.shape)
+    seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, width)
     if out_scale is None:
-        out.copy_(seen)
-    else:
-        out.copy_((seen.float() / out_scale).clamp(-E4M3_MAX, E4M3_MAX))
+        return seen
+    return (seen.float() / out_scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def fits(capability: tuple[int, int], tokens: int, head_dim: int) -> bool:
@@ -93,31 +92,30 @@ def _kernel(tokens: int, heads: int, head_dim: int, quantise: bool, pdl: bool, d
     )  # fmt: skip
 
 
-def vision_attention(
-    qkv: Tensor, heads: int, tokens: int, out: Tensor, out_scale: float | None, *, pdl: bool = False
-) -> None:
+def vision_attention(qkv: Tensor, heads: int, tokens: int, out_scale: float | None, *, pdl: bool = False) -> Tensor:
     """softmax(q kᵀ / sqrt(d)) v of each view and head.
 
     Args:
         qkv: bf16 [views * tokens, 3 * width], contiguous: queries, keys, values; heads side by side in each.
-        out: [views * tokens, width], contiguous: bf16, or float8_e4m3fn, divided by ``out_scale``.
+        out_scale: given: the result is divided by it and rounded to FP8.
+
+    Returns:
+        [views * tokens, width], bf16 or float8_e4m3fn.
 
     Raises:
-        InputError: shapes or dtypes that do not fit.
+        InputError: a shape or dtype that does not fit.
     """
     rows, width = qkv.shape[0], qkv.shape[1] // 3
-    eight = out_scale is not None
-    wanted = torch.float8_e4m3fn if eight else torch.bfloat16
     if qkv.dtype != torch.bfloat16 or not qkv.is_contiguous() or rows % tokens or width % heads:
         got = (tuple(qkv.shape), qkv.dtype)
         raise InputError.at("vision_attention", "qkv", got, f"contiguous bf16 [views * {tokens}, 3 * width]")
-    if out.shape != (rows, width) or out.dtype != wanted or not out.is_contiguous():
-        got = (tuple(out.shape), out.dtype)
-        raise InputError.at("vision_attention", "out", got, f"contiguous {wanted} [{rows}, {width}]")
+    dtype = torch.bfloat16 if out_scale is None else torch.float8_e4m3fn
+    out = torch.empty(rows, width, dtype=dtype, device=qkv.device)
     head_dim = width // heads
     arguments = _Arguments(
         qkv=qkv.data_ptr(), out=out.data_ptr(), scale_log2=head_dim**-0.5 * math.log2(math.e),
         inverse=1.0 / out_scale if out_scale is not None else 1.0,
     )  # fmt: skip
-    kernel = _kernel(tokens, heads, head_dim, eight, pdl, torch.cuda.current_device())
+    kernel = _kernel(tokens, heads, head_dim, out_scale is not None, pdl, torch.cuda.current_device())
     kernel((rows // (ROWS * plan_groups(tokens)) * heads, 1), arguments)
+    return out

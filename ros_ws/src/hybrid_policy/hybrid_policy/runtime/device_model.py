@@ -21,6 +21,7 @@ from hybrid_policy.kernels.gate_up import NormPrologue, PackedGateUp
 from hybrid_policy.kernels.prefix_attention import PrefixAttention
 from hybrid_policy.kernels.prefix_inputs import padded_patch
 from hybrid_policy.kernels.qkv import rope_tables
+from hybrid_policy.kernels.vision_attention import vision_attention_reference
 from hybrid_policy.models.flow import step_times
 from hybrid_policy.runtime.device_weights import DeviceWeights, GemmaLayer, VisionLayer
 from hybrid_policy.runtime.projection import Projection
@@ -100,8 +101,9 @@ class DeviceModel:
         for layer in w.vision:
             h = self._layer_normed(layer.norm1, layer.qkv.input_dtype, addend, bias)
             qkv = self._vision_product(layer.qkv, h)
-            seen = torch.empty(x.shape, dtype=layer.out.input_dtype, device=self.device)
-            self._glue["vision_attention"](qkv, config.heads, self.config.image_tokens, seen, layer.seen_scale)
+            # where nothing is to be rounded, the library's attention is as fast
+            attend = self._glue["vision_attention"] if layer.seen_scale is not None else vision_attention_reference
+            seen = attend(qkv, config.heads, self.config.image_tokens, layer.seen_scale)
             addend, bias = self._vision_product(layer.out, seen), layer.out_bias
             h = self._layer_normed(layer.norm2, layer.fc1.input_dtype, addend, bias)
             addend, bias = self._vision_product(layer.fc2, self._gelu(h, layer)), layer.fc2_bias

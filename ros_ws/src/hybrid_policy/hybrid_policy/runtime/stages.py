@@ -15,7 +15,7 @@ from hybrid_policy.kernels import attention, flow_step, norm, prefix_attention, 
 Implementation = Literal["reference", "kernel"]
 
 #: stage -> (plain PyTorch, kernel); both have one signature
-GLUE: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
+GLUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "add_norm": (norm.add_norm_reference, norm.add_norm),
     "geglu": (norm.geglu_reference, norm.geglu),
     "quantise_rows": (norm.quantise_rows_reference, norm.quantise_rows),
@@ -60,7 +60,7 @@ class StageTable:
     expert: Literal["cluster", "fused", "split"] = "cluster"
     pdl: bool = True
 
-    def glue(self, stage: str) -> Callable[..., None]:
+    def glue(self, stage: str) -> Callable[..., Any]:
         """The function of a glue stage."""
         reference, kernel = GLUE[stage]
         if getattr(self, stage) == "reference":

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels import geglu_rows, norm, prefix_attention, prefix_inputs
+from hybrid_policy.kernels import fp8_product, geglu_rows, norm, prefix_attention, prefix_inputs, vision_attention
 from hybrid_policy.kernels.attention import attention_reference
 from hybrid_policy.runtime import static_scales
 
@@ -79,11 +79,10 @@ def test_gather_rows():
 
 
 def test_inputs_of_other_shapes_are_refused():
+    image, rows = torch.zeros(1, 28, 28, 3, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(InputError, match="cut_patches"):
-        image = torch.zeros(1, 28, 28, 3, dtype=torch.uint8)
         prefix_inputs.cut_patches(image, torch.empty(4, 588), torch.empty(4, 8), torch.empty(4, 8), 14)
     with pytest.raises(InputError, match="gather_rows"):
-        rows = torch.zeros(3, dtype=torch.int64)
         prefix_inputs.gather_rows(torch.empty(2, 8), torch.empty(5, 8), rows, rows, torch.empty(2, 8), 1.0)
 
 
@@ -139,6 +138,31 @@ def test_geglu_plans():
     assert geglu_rows.plan_geglu(16384 * 8) is None
 
 
+@pytest.mark.parametrize("rows", [32, 256, 512, 560, 768])
+@pytest.mark.parametrize(("n", "k"), [(3456, 1152), (1152, 1152), (4304, 1152), (1152, 4304), (384, 128)])
+def test_product_plans_fit_the_device(rows, n, k):
+    plan = fp8_product.plan_product(rows, n, k)
+    assert plan.nt % (8 * plan.cm) == 0
+    assert plan.shared + 1200 <= 227 * 1024
+    assert 2 <= plan.stages <= 8
+    assert plan.blocks(rows, n) <= 132
+    assert plan.blocks(rows, n) % (plan.cm * plan.cn) == 0
+    assert plan.blocks(rows, n) * 128 * plan.nt >= rows * n
+
+
+def test_which_vision_attention_fits():
+    fits = vision_attention.fits
+    assert fits((9, 0), 256, 72)
+    assert not fits((9, 0), 16, 72)
+    assert not fits((9, 0), 576, 72)
+    assert not fits((8, 9), 256, 72)
+    assert not fits((9, 0), 256, 128)
+
+
+PRODUCT = {"BIAS": 1, "GELU": 1, "PDL": 1}
+VISION = {"TOKENS": 256, "HEADS": 16, "HEAD_DIM": 72, "GROUPS": 2, "QUANTISE": 1, "PDL": 1}
+
+
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize(
     ("sources", "macros"),
@@ -146,12 +170,18 @@ def test_geglu_plans():
         (prefix_attention.SOURCES, {"GROUP": 8, "CLUSTER": 3, "QUANTISE": 1, "PDL": 1}),
         (prefix_attention.SOURCES, {"GROUP": 4, "CLUSTER": 1, "QUANTISE": 0, "PDL": 0}),
         (geglu_rows.SOURCES, {"WIDTH": 16384, "THREADS": 512, "BLOCKS": 3, "PDL": 1}),
+        (fp8_product.SOURCES, {"NT": 136, "STAGES": 6, "CM": 1, "CN": 1} | PRODUCT),
+        (fp8_product.SOURCES, {"NT": 64, "STAGES": 8, "CM": 2, "CN": 2} | PRODUCT),
+        (vision_attention.SOURCES, VISION),
     ],
 )
 def test_machine_code_without_spills_or_serialised_products(tmp_path, sources, macros):
     source = tmp_path / "kernel.cu"
     defines = [f"#define {name} {value}" for name, value in macros.items()]
-    source.write_text("\n".join([*defines, *(path.read_text() for path in sources)]))
+    prelude = fp8_product.product_source(macros["NT"]) if "NT" in macros else ""
+    if "TOKENS" in macros:
+        prelude = vision_attention.step_source(macros["TOKENS"], macros["HEAD_DIM"])
+    source.write_text("\n".join([*defines, prelude, *(path.read_text() for path in sources)]))
     command = [NVCC, "-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-Xptxas", "-v", "-cubin"]
     done = subprocess.run(
         [*command, "-o", str(tmp_path / "kernel.cubin"), str(source)], capture_output=True, text=True, check=False
@@ -208,6 +238,44 @@ class TestGeglu:
         norm.geglu(both, out, out_scale=scale)
         assert torch.isnan(out.float() * scale[:, None])[1].any()
         assert torch.isfinite(scale[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("rows", [37, 512, 768])
+@pytest.mark.parametrize(("n", "k"), [(3456, 1152), (1152, 4304), (4304, 1152), (136, 144)])
+class TestProduct:
+    pytestmark = hopper
+
+    def test_agrees_with_float32(self, rows, n, k):
+        x = (torch.randn(rows, k) * 4).to(torch.float8_e4m3fn)
+        w = (torch.randn(n, k) * 4).to(torch.float8_e4m3fn)
+        bias, scale = torch.randn(n, dtype=torch.bfloat16), k**-0.5 / 16
+        expected = x.float() @ w.float().T * scale
+        assert relative(fp8_product.fp8_product(x, w, scale), expected) < 5e-3
+        expected = expected + bias.float()
+        first = fp8_product.fp8_product(x, w, scale, bias=bias, pdl=True)
+        assert relative(first, expected) < 5e-3
+        assert torch.equal(first, fp8_product.fp8_product(x, w, scale, bias=bias))
+        ours = fp8_product.fp8_product(x, w, scale, bias=bias, gelu_scale=0.02)
+        assert relative(ours.float() * 0.02, F.gelu(expected, approximate="tanh")) < 4e-2
+
+    def test_clusters_change_nothing_but_the_order(self, rows, n, k):
+        x, w = ((torch.randn(size, k) * 4).to(torch.float8_e4m3fn) for size in (rows, n))
+        expected = x.float() @ w.float().T
+        for cm, cn in ((1, 1), (1, 2), (2, 1), (2, 2)):
+            plan = fp8_product.make_plan(64, cm, cn, k)
+            assert relative(fp8_product.fp8_product(x, w, 1.0, plan=plan), expected) < 5e-3
+
+
+@pytest.mark.parametrize(("tokens", "heads", "head_dim"), [(256, 16, 72), (64, 2, 64), (192, 3, 40)])
+class TestVisionAttention:
+    pytestmark = hopper
+
+    def test_agrees_with_the_library(self, tokens, heads, head_dim):
+        qkv = torch.randn(3 * tokens, 3 * heads * head_dim, dtype=torch.bfloat16) * 1.5
+        expected = vision_attention.vision_attention_reference(qkv.float(), heads, tokens, None)
+        assert relative(vision_attention.vision_attention(qkv, heads, tokens, None), expected) < 6e-3
+        eight = vision_attention.vision_attention(qkv, heads, tokens, 0.02, pdl=True)
+        assert relative(eight.float() * 0.02, expected) < 4e-2
 
 
 class TestGeluQuantise:

@@ -159,3 +159,24 @@ def test_expert_kernels_agree_with_the_cpu_reference(middle, monkeypatch, recipe
     result, _ = on_device.run(inputs, noise)
     assert relative(result, expected) < (1e-2 if recipe == "bf16" else 4e-2)
     np.testing.assert_array_equal(on_device.run(inputs, noise)[0], result)
+
+
+def test_the_prefix_cache_in_fp8(middle):
+    import dataclasses
+
+    from hybrid_policy.models.processors import ModelInputs
+    from hybrid_policy.runtime.recipe import load_recipe
+
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (2, 56, 56, 3), dtype=np.uint8)
+    tokens = random.integers(1, 256, 64)
+    inputs = ModelInputs(images, np.ones(2, np.bool_), tokens, 37, np.zeros(32, np.float32), "")
+    noise = random.standard_normal((50, 32), dtype=np.float32)
+    recipe = dataclasses.replace(load_recipe("bf16"), prefix_cache="fp8")
+    on_device = Engine.from_checkpoint(middle, recipe, "cuda", rtc=OFF)
+    assert "expert fused" in on_device.description
+    assert "prefix_attention kernel" in on_device.description
+    exact, _ = Engine.from_checkpoint(middle, "float32", "cpu", rtc=OFF).run(inputs, noise)
+    result, _ = on_device.run(inputs, noise)
+    assert 1e-4 < relative(result, exact) < 6e-2
+    np.testing.assert_array_equal(on_device.run(inputs, noise)[0], result)
