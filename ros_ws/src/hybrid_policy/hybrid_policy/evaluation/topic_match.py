@@ -73,6 +73,9 @@ def match_topics(
     remap = {_own_name(given, wanted): topic for given, topic in remap.items()}
     finder = _Finder(topics, remap)
     cameras = {c.name: found for c in robot.cameras if (found := finder.camera(c)) is not None}
+    for camera in robot.cameras:
+        if camera.name not in cameras:
+            finder.lacks_camera(camera, {topic for topic, _ in cameras.values()})
     joints = finder.joints(robot.joint_states_topic)
     prompt = finder.typed(robot.prompt_topic, STRING)
     if prompt:
@@ -114,11 +117,14 @@ class _Finder:
             else:
                 self.say_namespace(f"camera {camera.name}", camera.topic, topic.name)
             return topic.name, replace(camera, type=kind)
+        return None
+
+    def lacks_camera(self, camera: Camera, taken: Collection[str]) -> None:
+        """Say what there is instead; ``taken``: the topics of the other cameras."""
         images = [t for t in self.topics.values() if t.type in (IMAGE, COMPRESSED)]
         absent = self._absent(f"camera {camera.name}", camera.topic, (IMAGE, COMPRESSED))
-        colour = [t for t in images if "depth" not in t.name.lower()]
-        self.lacks.append(f"{absent}; image topics in the bag: {_listed(images)}{self._how(camera.topic, colour)}")
-        return None
+        free = [t for t in images if t.name not in taken and "depth" not in t.name.lower()]
+        self.lacks.append(f"{absent}; image topics in the bag: {_listed(images)}{self._how(camera.topic, free)}")
 
     def joints(self, topic: str) -> str:
         found = self.typed(topic, JOINT_STATE)

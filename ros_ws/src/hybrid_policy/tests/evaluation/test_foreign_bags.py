@@ -168,6 +168,13 @@ def test_depth_images_are_not_offered_as_cameras(arm, replayed):
     )
 
 
+def test_the_one_camera_that_is_left_is_offered(arm, replayed):
+    bag, code = replayed(arm.write(cameras=(CAMERAS[1], "/front/image")))
+    assert code == 2
+    assert bag["lacks"][0].endswith("; say which with --remap camera_overhead/image_raw:=/front/image")
+    assert replayed(arm.path, "--remap", "camera_overhead/image_raw:=/front/image")[1] == 0
+
+
 def test_big_endian_messages_are_read(arm, replayed, tmp_path):
     from rosbags.rosbag2 import Reader, StoragePlugin, Writer
 
