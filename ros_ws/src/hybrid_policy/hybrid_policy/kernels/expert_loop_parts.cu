@@ -266,39 +266,44 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, u32 x, i
     const u64 b = ((u64)x >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 #pragma unroll
     for (int i = 0; i < 4 * NT; i++) d[i] = 0.0f;
-    int piece = 0;
+    // Two pieces a turn (all stages have an even number), and nothing under way from turn to turn: else the compiler moves
+    // the sums elsewhere behind the loop before they are there.
 #pragma unroll 1
-    do {
-        const u32 from = ring.arrived() + warp * Piece<FORMAT>::BYTES;
-        uint4 w[2], s[2];
+    for (int turn = 0; turn < pieces; turn += 2) {
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            w[i] = load_shared4(from + i * 512 + lane * 16);
-            if constexpr (FORMAT == 2) s[i] = load_shared4(from + 1024 + i * 128 + lane / 4 * 16);
-        }
-        ring.used(lane, policy);
-        const u64 here = b + (FORMAT == 0 ? piece / 2 * (MT * 8) + piece % 2 * 4 : piece * (STEPS / 4) * (MT * 8));
+        for (int j = 0; j < 2; j++) {
+            const int piece = turn + j;
+            const u32 from = ring.arrived() + warp * Piece<FORMAT>::BYTES;
+            uint4 w[2], s[2];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            u32 a[BATCH][4];
-#pragma unroll
-            for (int j = 0; j < BATCH; j++) {
-                u32 scales = 0;
-                if constexpr (FORMAT == 2) scales = j == 0 ? s[i].x : j == 1 ? s[i].y : j == 2 ? s[i].z : s[i].w;
-                operand_of<FORMAT>(a[j], w[i], j, scales);
+            for (int i = 0; i < 2; i++) {
+                w[i] = load_shared4(from + i * 512 + lane * 16);
+                if constexpr (FORMAT == 2) s[i] = load_shared4(from + 1024 + i * 128 + lane / 4 * 16);
             }
-            static_assert(BATCH == PER16, "a batch is a lane's 16 bytes");
-            wgmma_fence();
+            ring.used(lane, policy);
+            const u64 here = b + (FORMAT == 0 ? piece / 2 * (MT * 8) + piece % 2 * 4 : piece * (STEPS / 4) * (MT * 8));
 #pragma unroll
-            for (int j = 0; j < BATCH; j++) {
-                const int step = i * BATCH + j;
-                warpgroup_mma(d, a[j], here + (u64)((step / 4 * (MT * 128) + step % 4 * 32) >> 4));
+            for (int i = 0; i < 2; i++) {
+                u32 a[BATCH][4];
+#pragma unroll
+                for (int k = 0; k < BATCH; k++) {
+                    u32 scales = 0;
+                    if constexpr (FORMAT == 2) scales = k == 0 ? s[i].x : k == 1 ? s[i].y : k == 2 ? s[i].z : s[i].w;
+                    operand_of<FORMAT>(a[k], w[i], k, scales);
+                }
+                static_assert(BATCH == PER16, "a batch is a lane's 16 bytes");
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < BATCH; k++) {
+                    const int step = i * BATCH + k;
+                    warpgroup_mma(d, a[k], here + (u64)((step / 4 * (MT * 128) + step % 4 * 32) >> 4));
+                }
+                wgmma_commit();
+                if (i == 0 && j == 1) wgmma_wait<1>();  // the first piece's registers are free
             }
-            wgmma_commit();
-            wgmma_wait<1>();  // the registers of the batch before are free
         }
-    } while (++piece < pieces);
-    wgmma_wait<0>();
+        wgmma_wait<0>();
+    }
     if (lane == 0) ring.ask_late(policy);
 }
 
