@@ -60,7 +60,7 @@ def build(tile: WgmmaTile, k: int, pdl: bool) -> None:
     """Compile ahead; errors are reported where the tile is timed."""
     try:
         torch.zeros(1, device="cuda")  # this thread's context
-        wgmma._kernel(tile, k // 64, False, False, False, pdl, wgmma_linear.SPIN_LIMIT)
+        wgmma._kernel(tile, k // 64, False, False, False, pdl, wgmma_linear.SPIN_LIMIT, torch.cuda.current_device())
     except Exception as error:
         print(f"{tile}: {error}"[:2000], flush=True)
 

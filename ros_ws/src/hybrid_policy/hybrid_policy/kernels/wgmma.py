@@ -54,15 +54,17 @@ def macros(tile: WgmmaTile, chunks: int, *, fp8_out: bool, squares: bool, shifts
     """What one configuration is compiled with."""
     return {
         "MT": tile.mt, "NT": tile.nt, "STAGES": tile.stages, "GROUP": tile.group, "BUFFERS": tile.buffers,
-        "K_CHUNKS": chunks, "SPLIT": tile.split, "MULTICAST": int(tile.multicast), "SET_REGISTERS": int(tile.set_registers),
-        "FP8_OUT": int(fp8_out), "SQUARES": int(squares), "SHIFTS": int(shifts), "PDL": int(pdl),
-        "BLOCKS": tile.blocks, "TRIGGER": tile.trigger, "EVERY_THREAD": int(tile.every_thread),
-        "SHARED": wgmma_tiles.SHARED,
+        "K_CHUNKS": chunks, "SPLIT": tile.split, "MULTICAST": int(tile.multicast),
+        "SET_REGISTERS": int(tile.set_registers), "FP8_OUT": int(fp8_out), "SQUARES": int(squares),
+        "SHIFTS": int(shifts), "PDL": int(pdl), "BLOCKS": tile.blocks, "TRIGGER": tile.trigger,
+        "EVERY_THREAD": int(tile.every_thread), "SHARED": wgmma_tiles.SHARED,
     }  # fmt: skip
 
 
 @functools.cache
-def _kernel(tile: WgmmaTile, chunks: int, fp8_out: bool, squares: bool, shifts: bool, pdl: bool, spin: int) -> Kernel:
+def _kernel(
+    tile: WgmmaTile, chunks: int, fp8_out: bool, squares: bool, shifts: bool, pdl: bool, spin: int, device: int
+) -> Kernel:
     options = macros(tile, chunks, fp8_out=fp8_out, squares=squares, shifts=shifts, pdl=pdl) | {"SPIN_LIMIT": spin}
     return Kernel(
         SOURCES, "wgmma_gate_up", options, threads=tile.threads,
@@ -115,7 +117,7 @@ class WgmmaWeight(torch.nn.Module):
         m = x.shape[0]
         chunks = self.slabs.shape[1]
         fused = (out_scale is not None, squares is not None, gate_shift is not None)
-        kernel = _kernel(tile, chunks, *fused, pdl, wgmma_linear.SPIN_LIMIT)
+        kernel = _kernel(tile, chunks, *fused, pdl, wgmma_linear.SPIN_LIMIT, torch.cuda.current_device())
         box = tile.nt // 2 if tile.multicast else tile.nt
 
         def at(tensor: torch.Tensor | None) -> int | None:

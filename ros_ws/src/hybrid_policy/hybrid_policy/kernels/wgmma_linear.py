@@ -61,7 +61,7 @@ def macros(
 
 
 @functools.cache
-def _kernel(tile: LinearTile, options: tuple[tuple[str, int], ...], pdl: bool) -> Kernel:
+def _kernel(tile: LinearTile, options: tuple[tuple[str, int], ...], pdl: bool, device: int) -> Kernel:
     return Kernel(
         SOURCES, "wgmma_linear", dict(options), threads=128 * tile.warpgroups, shared=tile.shared_bytes(), pdl=pdl,
         specific=True, prelude=product_source(tile.nt),
@@ -108,5 +108,6 @@ def launch(
     ctypes.memmove(arguments.w, tensor_map(weight, 64), 128)
     if x_scale is not None:
         ctypes.memmove(arguments.x8, tensor_map(x, tile.nt), 128)
-    kernel = _kernel(tile, tuple((options | {"SPIN_LIMIT": SPIN_LIMIT}).items()), pdl)
+    macros_ = tuple((options | {"SPIN_LIMIT": SPIN_LIMIT}).items())
+    kernel = _kernel(tile, macros_, pdl, torch.cuda.current_device())
     kernel((-(-n // 64) * tile.cluster, 1), arguments)
