@@ -107,8 +107,8 @@ def open_checkpoint(
     Args:
         path: the directory.
         tokenizer: a ``.model`` or ``tokenizer.json``, where the directory has none.
-        packed_sites: linear layers that the caller loads itself (quantised); their tensors are neither
-            checked nor listed.
+        packed_sites: linear layers that the caller loads itself (quantised); their tensors, but for a bias, are
+            neither checked nor listed.
 
     Raises:
         InputError: one error that names the file and lists every missing, unexpected or misshapen tensor.
@@ -168,12 +168,18 @@ def _skeleton(config: Pi05Config, directory: Path) -> Pi05:
         raise InputError(f"{directory}: dimensions that no model can have: {error}") from error
 
 
+def _of_packed(name: str, packed: frozenset[str]) -> bool:
+    """Whether a tensor is the caller's to load: a packed site's, but for its bias, which is as it always is."""
+    owner, _, leaf = name.rpartition(".")
+    return owner in packed and leaf != "bias"
+
+
 def _canonical_names(store: TensorStore, packed: frozenset[str]) -> dict[str, str]:
     """Canonical name -> stored name, without packed sites and the head that nothing uses."""
     held: dict[str, str] = {}
     for stored in store:
         name = canonical(stored)
-        if name.rpartition(".")[0] in packed:
+        if _of_packed(name, packed):
             continue
         if name in held:
             raise InputError(f"{store.info(stored).file}: {stored} and {held[name]} name the same tensor")
@@ -191,7 +197,7 @@ def _match(
     """Parameter -> stored name, every difference listed in one error."""
     model = _skeleton(description.config, directory)
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    wanted = {name: shape for name, shape in wanted.items() if name.rpartition(".")[0] not in packed}
+    wanted = {name: shape for name, shape in wanted.items() if not _of_packed(name, packed)}
     problems: list[str] = []
     names: dict[str, str] = {}
     if HEAD in held and EMBEDDING in held:

@@ -70,6 +70,15 @@ def test_quantised_checkpoint_runs_by_its_own_recipe(source, quantised):
     assert np.linalg.norm(read - direct) / np.linalg.norm(direct) < 2e-2
 
 
+def test_sites_with_a_bias(source, tmp_path):
+    recipe = tmp_path / "vision.yaml"
+    recipe.write_text("include: bf16\nsites: {'*vision_tower*': fp8_w8a8}\n")
+    assert main(["quantize", str(source), str(recipe), str(tmp_path / "out"), "--device", "cpu"]) == 0
+    ours = Engine.from_checkpoint(tmp_path / "out", None, "cpu", seed=3).infer(observation()).normalised
+    direct = Engine.from_checkpoint(source, recipe, "cpu", seed=3).infer(observation()).normalised
+    assert np.linalg.norm(ours - direct) < 2e-2 * np.linalg.norm(direct)
+
+
 def test_packed_bits_are_those_of_direct_packing(source, quantised):
     from hybrid_policy.models.checkpoint import open_checkpoint
     from hybrid_policy.runtime.sites import pack
