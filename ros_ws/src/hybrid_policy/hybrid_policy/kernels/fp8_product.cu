@@ -71,10 +71,6 @@ void fp8_product(const __grid_constant__ Arguments a) {
     int cluster = blockIdx.x / BLOCKS, row_tiles = (a.rows + ROWS * CM - 1) / (ROWS * CM);
     int row0 = (cluster % row_tiles * CM + cm) * ROWS, column0 = (cluster / row_tiles * CN + cn) * NT;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#if BIAS
-    for (int i = threadIdx.x; i < NT; i += CONSUMERS + 32)
-        bias[i] = column0 + i < a.columns ? __uint_as_float((u32)a.bias[column0 + i] << 16) : 0.0f;
-#endif
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(full + 8 * s, 1);
@@ -110,6 +106,10 @@ void fp8_product(const __grid_constant__ Arguments a) {
     } else {
 #pragma unroll
         for (int i = 0; i < NT / 2; i++) sum[i] = 0.0f;
+#if BIAS
+        for (int i = threadIdx.x; i < NT; i += CONSUMERS)  // while the first tiles are on their way
+            bias[i] = column0 + i < a.columns ? __uint_as_float((u32)a.bias[column0 + i] << 16) : 0.0f;
+#endif
         u32 group = warp / 4;
         // lanes 0 to CM + CN - 2 free a stage: here, at the other row tile, at the other column tile
         u32 at = lane == 0 ? rank : CM > 1 && lane == 1 ? cn * CM + 1 - cm : (1 - cn) * CM + cm;

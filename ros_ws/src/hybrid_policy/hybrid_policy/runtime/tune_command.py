@@ -3,10 +3,10 @@
     hybrid-policy tune checkpoints/aloha tuned.yaml --bound 0.1
     hybrid-policy tune checkpoints/aloha tuned.yaml --calibrate observations/ --tokens 48 --json
 
-For each group of sites (vision, prefix and expert; q/k/v, output, the MLP's) and each precision that the device serves, the
-launches are timed on random activations, weights of several layers in turn, and the plain model is run with that group
-alone in that precision to see what it does to the action. The fastest combination whose measured relative action error
-is at most --bound (0.1 is a cosine of about 0.995) is written as a recipe, with the table it was decided from.
+For each group of sites (vision, prefix and expert; q/k/v, output, the MLP's) and each precision that the device serves,
+the launches are timed on random activations, weights of several layers in turn, and the plain model is run with that
+group alone in that precision to see what it does to the action. The fastest combination whose measured relative action
+error is at most --bound (0.1 is a cosine of about 0.995) is written as a recipe, with the table it was decided from.
 """
 
 from __future__ import annotations
