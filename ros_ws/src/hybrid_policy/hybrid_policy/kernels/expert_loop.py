@@ -8,6 +8,7 @@ The launch stays on the device for a whole pass: weights stream ahead of need, b
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,19 +35,23 @@ STAGES = {
 }
 QKV_BLOCKS = STAGES["qkv"][0] // 64 * 2
 #: k steps and bytes of one bulk copy
-PIECE = {"bf16": (2, 1024), "e4m3": (4, 1024), "nvfp4": (8, 1280)}
+PIECE = {"bf16": (4, 2048), "e4m3": (8, 2048), "nvfp4": (16, 2560)}
 STATIC_BYTES = 5120  # barriers and small tables beside the dynamic shared memory
 _EMPTY = -1  # a word of mail that has not been written
 
 
 @dataclass(frozen=True)
 class LoopPlan:
-    """Sizes that follow from tokens and cache. keys: rows of the cache a block attends to, at most."""
+    """Sizes that follow from tokens, cache and formats.
+
+    keys: rows of the cache a block attends to, at most. slots: of the ring of weights, ``slot`` bytes each.
+    """
 
     tokens: int
     padded: int
     keys: int
     slots: int
+    slot: int
 
     def shared(self) -> int:
         """Bytes of dynamic shared memory; as laid out in expert_loop_layout.cu."""
@@ -54,7 +59,7 @@ class LoopPlan:
         x = -(-max(self.padded * 1024, self.keys * pitch) // 1024) * 1024
         sums = max(32768 + self.padded * 256, -(-self.keys * pitch // 128) * 128)
         before = x + sums + 32 * pitch + 32 * (self.keys * 2 + 16)
-        return -(-before // 128) * 128 + WARPS * self.slots * 1280
+        return -(-before // 128) * 128 + self.slots * self.slot
 
     @property
     def mail_words(self) -> int:
@@ -68,10 +73,10 @@ class LoopPlan:
         return TILES * PARTS * 512 * (2 * self.padded // 8 + PARTS)
 
 
-def plan_loop(tokens: int, capacity: int, limit: int) -> LoopPlan | None:
+def plan_loop(tokens: int, capacity: int, formats: Collection[str], limit: int) -> LoopPlan | None:
     """The plan with the longest rings that fits ``limit`` bytes of shared memory; None where none does.
 
-    tokens: of the chunk. capacity: rows of the cache, the chunk's included.
+    tokens: of the chunk. capacity: rows of the cache, the chunk's included. formats: of the weights.
     """
     if not PARTS <= tokens <= 64 or capacity <= tokens:
         return None
@@ -80,8 +85,9 @@ def plan_loop(tokens: int, capacity: int, limit: int) -> LoopPlan | None:
     if keys > 128:
         return None
     padded = 56 if tokens <= 56 else 64
-    for slots in range(12, 2, -1):
-        plan = LoopPlan(tokens, padded, keys, slots)
+    slot = WARPS * max(PIECE[fmt][1] for fmt in formats)
+    for slots in range(8, 2, -1):
+        plan = LoopPlan(tokens, padded, keys, slots, slot)
         if plan.shared() + STATIC_BYTES <= limit:
             return plan
     return None
@@ -91,9 +97,9 @@ def pieces(fmt: str, values: Tensor, scales: Tensor | None) -> Tensor:
     """Rows of W cut into bulk copies: uint8 [N / 16, K / 16 / steps, bytes].
 
     Lane ``4g + t`` holds wgmma's A fragment of 16 rows and 16 k: element (k8, r8, e) is row ``2g + r8``, k
-    ``2t + 8 k8 + e``. A piece is twice 512 bytes, of each lane 16. bf16: one k step, (k8, r8, e). E4M3: two k steps,
-    four words (step, k8) of `e4m3_words`. NVFP4: four k steps, a word of `packing.pack_words` each; then twice 128
-    bytes of scales: for each g four words, one a k step, of bf16(scale · 2^119) of rows 2g (low) and 2g + 1.
+    ``2t + 8 k8 + e``. A piece is four times 512 bytes, of each lane 16. bf16: one k step, (k8, r8, e). E4M3: two k
+    steps, four words (step, k8) of `e4m3_words`. NVFP4: four k steps, a word of `packing.pack_words` each; then four times
+    128 bytes of scales: for each g four words, one a k step, of bf16(scale · 2^119) of rows 2g (low) and 2g + 1.
     """
     n, k = values.shape
     steps, size = PIECE[fmt]
@@ -103,15 +109,15 @@ def pieces(fmt: str, values: Tensor, scales: Tensor | None) -> Tensor:
     if fmt == "bf16":
         return f.contiguous().view(torch.uint8).reshape(n // 16, -1, size)
     if fmt == "e4m3":
-        words = e4m3_words(f).unflatten(1, (-1, 2, 2)).permute(0, 1, 2, 4, 5, 3, 6)  # T P half g t step k8
+        words = e4m3_words(f).unflatten(1, (-1, 4, 2)).permute(0, 1, 2, 4, 5, 3, 6)  # T P quarter g t step k8
         return words.contiguous().view(torch.uint8).reshape(n // 16, -1, size)
     assert scales is not None
     words = packing.pack_words(f.flatten(-3))[..., 0]  # T S g t
-    words = words.unflatten(1, (-1, 2, 4)).permute(0, 1, 2, 4, 5, 3)  # T P half g t step
-    codes = words.contiguous().view(torch.uint8).reshape(n // 16, -1, 1024)
-    wide = expert_packing.wide_scales(scales).reshape(n // 16, 8, 2, -1, 2, 4)  # T g r8 P half step
-    wide = wide.permute(0, 3, 4, 1, 5, 2)  # T P half g step r8
-    return torch.cat((codes, wide.contiguous().view(torch.uint8).reshape(n // 16, -1, 256)), -1)
+    words = words.unflatten(1, (-1, 4, 4)).permute(0, 1, 2, 4, 5, 3)  # T P quarter g t step
+    codes = words.contiguous().view(torch.uint8).reshape(n // 16, -1, 2048)
+    wide = expert_packing.wide_scales(scales).reshape(n // 16, 8, 2, -1, 4, 4)  # T g r8 P quarter step
+    wide = wide.permute(0, 3, 4, 1, 5, 2)  # T P quarter g step r8
+    return torch.cat((codes, wide.contiguous().view(torch.uint8).reshape(n // 16, -1, 512)), -1)
 
 
 def e4m3_words(codes: Tensor) -> Tensor:
@@ -170,7 +176,7 @@ class ExpertLoop:
         trace: bool = False,
         macros: dict[str, int] | None = None,
     ) -> None:
-        plan = plan_loop(tokens, capacity, expert.shared_limit(device))
+        plan = plan_loop(tokens, capacity, formats.values(), expert.shared_limit(device))
         if plan is None:
             raise InputError(f"expert loop: {tokens} tokens, {capacity} rows of cache: no plan fits this device")
         self.plan, self._layers, self._capacity, self._formats = plan, layers, capacity, dict(formats)

@@ -51,8 +51,6 @@ static_assert(KEYS % 16 == 0 && KEYS <= 128 && SHARED <= 232448 - 5120, "shared 
 constexpr int N_QKV = 16 / Piece<FORMAT_QKV>::STEPS, N_O = 8 / Piece<FORMAT_O>::STEPS;
 constexpr int N_GATE_UP = 32 / Piece<FORMAT_GATE_UP>::STEPS, N_DOWN = 16 / Piece<FORMAT_DOWN>::STEPS;
 
-#define HAS_FORMAT(f) (FORMAT_QKV == f || FORMAT_O == f || FORMAT_GATE_UP == f || FORMAT_DOWN == f)
-
 __device__ __forceinline__ int Ring::layer_pieces() const { return qkv_pieces + N_O + N_GATE_UP + N_DOWN; }
 __device__ __forceinline__ int Ring::bytes() const {
     const int place = position - qkv_pieces;

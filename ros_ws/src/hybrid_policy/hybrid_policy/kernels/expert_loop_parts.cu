@@ -2,6 +2,8 @@
 // What expert_loop.cu's stages are made of: a ring of weights, mail between blocks, warpgroup products, and the
 // exchange of partial sums in a cluster. Compiled for sm_90a (wgmma).
 
+#define HAS_FORMAT(f) (FORMAT_QKV == f || FORMAT_O == f || FORMAT_GATE_UP == f || FORMAT_DOWN == f)
+
 constexpr int NT = MT / 8;             // token tiles of a product
 constexpr u32 EMPTY = 0xffffffffu;     // a word of mail that nobody has written: no product, no NaN of the hardware's has it
 constexpr u32 PATIENCE = 1u << 23;     // polls before a wait is called a hang (seconds)
@@ -38,11 +40,12 @@ __device__ __forceinline__ void wait_bytes(u32 barrier, u32 parity) {
 // ---- weights: one bulk copy brings the next piece of all eight warps, in the order of their use, as soon as the last of
 // them has read what was there. (A copy a warp costs eight times the issue, some 50 cycles each, one after the other.)
 
-template <int FORMAT> struct Piece {  // a warp's share of one bulk copy
-    static constexpr int STEPS = FORMAT == 0 ? 2 : FORMAT == 1 ? 4 : 8;  // k steps of 16
-    static constexpr int BYTES = FORMAT == 2 ? 1280 : 1024;              // NVFP4: 2 x 512 of codes, 2 x 128 of scales
+template <int FORMAT> struct Piece {  // a warp's share of one bulk copy: four times a lane's 16 bytes
+    static constexpr int PER16 = FORMAT == 0 ? 1 : FORMAT == 1 ? 2 : 4;  // k steps of 16 in them
+    static constexpr int STEPS = 4 * PER16;
+    static constexpr int BYTES = FORMAT == 2 ? 2560 : 2048;  // NVFP4: 4 x 512 of codes, 4 x 128 of scales
 };
-constexpr int SLOT = 8 * 1280;
+constexpr int SLOT = 8 * (HAS_FORMAT(2) ? 2560 : 2048);
 
 struct Ring {
     u32 data, barriers, counts;   // slots; a barrier, and how often a warp has read it, of each
@@ -257,50 +260,42 @@ __device__ __forceinline__ void operand_of(u32 (&a)[4], const uint4& w, int step
     }
 }
 
-// d = W x over ``pieces`` of the ring; x: shared address of the first block of 64 columns. Two batches a piece, so that
-// one is decoded while the other is multiplied.
+// d = W x over ``pieces`` of the ring; x: shared address of the first block of 64 columns. Nothing is under way from piece
+// to piece: else the compiler moves the sums elsewhere behind the loop before they are there.
 template <int FORMAT>
 __device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, u32 x, int pieces, int warp, int lane, u64 policy) {
-    constexpr int STEPS = Piece<FORMAT>::STEPS, PER16 = FORMAT == 0 ? 1 : FORMAT == 1 ? 2 : 4, BATCH = STEPS / 2;
+    constexpr int STEPS = Piece<FORMAT>::STEPS, BATCH = Piece<FORMAT>::PER16;
     // K-major, 128-byte swizzle, 1024 bytes from eight tokens to the next eight
-    const u64 b = ((u64)x >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+    u64 b = ((u64)x >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 #pragma unroll
     for (int i = 0; i < 4 * NT; i++) d[i] = 0.0f;
-    // Two pieces a turn (all stages have an even number), and nothing under way from turn to turn: else the compiler moves
-    // the sums elsewhere behind the loop before they are there.
 #pragma unroll 1
-    for (int turn = 0; turn < pieces; turn += 2) {
+    for (int piece = 0; piece < pieces; piece++, b += STEPS / 4 * (MT * 8)) {
+        const u32 from = ring.arrived() + warp * Piece<FORMAT>::BYTES;
+        uint4 w[4], s[4];
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const int piece = turn + j;
-            const u32 from = ring.arrived() + warp * Piece<FORMAT>::BYTES;
-            uint4 w[2], s[2];
+        for (int i = 0; i < 4; i++) {
+            w[i] = load_shared4(from + i * 512 + lane * 16);
+            if constexpr (FORMAT == 2) s[i] = load_shared4(from + 2048 + i * 128 + lane / 4 * 16);
+        }
+        ring.used(lane, policy);
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                w[i] = load_shared4(from + i * 512 + lane * 16);
-                if constexpr (FORMAT == 2) s[i] = load_shared4(from + 1024 + i * 128 + lane / 4 * 16);
+        for (int i = 0; i < 4; i++) {
+            u32 a[BATCH][4];
+#pragma unroll
+            for (int k = 0; k < BATCH; k++) {
+                u32 scales = 0;
+                if constexpr (FORMAT == 2) scales = k == 0 ? s[i].x : k == 1 ? s[i].y : k == 2 ? s[i].z : s[i].w;
+                operand_of<FORMAT>(a[k], w[i], k, scales);
             }
-            ring.used(lane, policy);
-            const u64 here = b + (FORMAT == 0 ? piece / 2 * (MT * 8) + piece % 2 * 4 : piece * (STEPS / 4) * (MT * 8));
+            wgmma_fence();
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                u32 a[BATCH][4];
-#pragma unroll
-                for (int k = 0; k < BATCH; k++) {
-                    u32 scales = 0;
-                    if constexpr (FORMAT == 2) scales = k == 0 ? s[i].x : k == 1 ? s[i].y : k == 2 ? s[i].z : s[i].w;
-                    operand_of<FORMAT>(a[k], w[i], k, scales);
-                }
-                static_assert(BATCH == PER16, "a batch is a lane's 16 bytes");
-                wgmma_fence();
-#pragma unroll
-                for (int k = 0; k < BATCH; k++) {
-                    const int step = i * BATCH + k;
-                    warpgroup_mma(d, a[k], here + (u64)((step / 4 * (MT * 128) + step % 4 * 32) >> 4));
-                }
-                wgmma_commit();
-                if (i == 0 && j == 1) wgmma_wait<1>();  // the first piece's registers are free
+            for (int k = 0; k < BATCH; k++) {
+                const int step = i * BATCH + k;
+                warpgroup_mma(d, a[k], b + (u64)((step / 4 * (MT * 128) + step % 4 * 32) >> 4));
             }
+            wgmma_commit();
+            if (i >= 1 && i < 3) wgmma_wait<1>();  // the registers of the batch before are free
         }
         wgmma_wait<0>();
     }
