@@ -18,16 +18,8 @@ from torch import Tensor, nn
 
 from hybrid_policy.models import gemma, siglip
 from hybrid_policy.models.config import GemmaConfig, VisionConfig
-from hybrid_policy.runtime.host_linear import (
-    Buffers,
-    Floats,
-    HostLinear,
-    SharedInput,
-    matmul,
-    numbers,
-    release,
-    same_rounding,
-)
+from hybrid_policy.runtime.host_blas import Floats, matmul
+from hybrid_policy.runtime.host_linear import Buffers, HostLinear, SharedInput, numbers, release, same_rounding
 
 Complex = NDArray[np.complex64]
 
@@ -153,7 +145,7 @@ class HostLayer:
     ) -> None:
         """The layer over ``x`` [rows, width], in place; its queries see ``memory`` up to their own rows.
 
-        turns: of the rows' positions. start: tokens in ``memory`` before these.
+        turns: of the rows' positions; the queries' are scaled on the way. start: tokens in ``memory`` before these.
         """
         buffers, shape = self._buffers, x.shape
         _, pairs = self.keys_values(x, norms[0], turns, memory, start)

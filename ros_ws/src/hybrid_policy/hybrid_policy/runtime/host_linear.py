@@ -10,9 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hybrid_policy.runtime.host_blas import Floats, affine
 from hybrid_policy.runtime.sites import ReferenceSite
-
-Floats = NDArray[np.float32]
 
 
 class Buffers:
@@ -34,11 +33,6 @@ class Buffers:
     def nbytes(self) -> int:
         """Bytes of all."""
         return sum(held.nbytes for held in self._held.values())
-
-
-def matmul(a: Floats, b: Floats, out: Floats) -> None:
-    """a [..., M, K] times b [..., K, N], any of them a transpose or a slice, by PyTorch's BLAS and its threads."""
-    torch.matmul(torch.from_numpy(a), torch.from_numpy(b), out=torch.from_numpy(out))
 
 
 def numbers(tensor: Tensor) -> Floats:
@@ -65,10 +59,10 @@ class HostLinear:
         if order is not None:
             stacked = stacked[torch.from_numpy(order)]
         #: [K, N]: products of few rows are up to twice as quick as with [N, K]
-        self.weight = stacked.t().contiguous()
-        self.bias: Tensor | None = None
+        self.weight: Floats = stacked.t().contiguous().numpy()
+        self.bias: Floats | None = None
         if modules[0].bias is not None:
-            self.bias = torch.cat([cast(Tensor, module.bias).detach().float() for module in modules])
+            self.bias = numbers(torch.cat([cast(Tensor, module.bias) for module in modules]))
         self._site = modules[0] if rounds(modules[0]) else None
         for module in modules:
             if module is not self._site:
@@ -93,11 +87,7 @@ class HostLinear:
 
     def product(self, x: Floats, out: Floats) -> Floats:
         """x [M, K], rounded already -> ``out`` [M, N]."""
-        given, result = torch.from_numpy(x), torch.from_numpy(out)
-        if self.bias is None:
-            torch.mm(given, self.weight, out=result)
-        else:
-            torch.addmm(self.bias, given, self.weight, out=result)
+        affine(x, self.weight, self.bias, out)
         return out
 
     def __call__(self, x: Floats, out: Floats) -> Floats:

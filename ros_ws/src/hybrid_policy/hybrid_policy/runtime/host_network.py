@@ -13,6 +13,7 @@ from torch import nn
 
 from hybrid_policy.models.gemma import Gemma, Layer
 from hybrid_policy.models.pi05 import PROJECTOR, Pi05
+from hybrid_policy.runtime.host_blas import Floats
 from hybrid_policy.runtime.host_layers import (
     HostLayer,
     HostVision,
@@ -22,7 +23,7 @@ from hybrid_policy.runtime.host_layers import (
     rms_norm,
     rotations,
 )
-from hybrid_policy.runtime.host_linear import Buffers, Floats, HostLinear
+from hybrid_policy.runtime.host_linear import Buffers, HostLinear
 
 #: of every norm of the expert, in the order in which a pass meets them, and pi0's time embedding
 StepModulations = tuple[Sequence[Modulation], Floats | None]

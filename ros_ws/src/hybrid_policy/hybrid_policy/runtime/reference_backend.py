@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from hybrid_policy.models.flow import step_times
 from hybrid_policy.models.pi05 import Pi05
 from hybrid_policy.models.processors import ModelInputs
+from hybrid_policy.runtime import host_blas
 from hybrid_policy.runtime.backend import Guidance
-from hybrid_policy.runtime.host_linear import Floats
+from hybrid_policy.runtime.host_blas import Floats
 from hybrid_policy.runtime.host_network import HostNetwork
 from hybrid_policy.runtime.rtc import RealTimeChunking
 
@@ -28,7 +29,9 @@ class ReferenceBackend:
         self._times = step_times(model.config.num_steps)
         self._strengths = rtc.step_weights(np.asarray(self._times)).tolist()
         self._state_dim = model.config.max_state_dim
-        self._about = f"cpu: PyTorch and numpy in float32, recipe {recipe_name}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        host_blas.use_threads(threads)
+        self._about = f"cpu: float32 with {host_blas.name()}, recipe {recipe_name}, {threads} threads"
         with torch.inference_mode():
             values = model.modulations(torch.tensor(self._times)).unbind(1)
             given = model.modulations(torch.zeros(1))[:, 0].numpy()

@@ -8,6 +8,7 @@ import torch
 from hybrid_policy.models.config import GemmaConfig, Pi05Config, VisionConfig
 from hybrid_policy.models.pi05 import EXPERT, PREFIX, VISION, Pi05
 from hybrid_policy.models.processors import ModelInputs
+from hybrid_policy.runtime import host_blas
 from hybrid_policy.runtime.backend import Guidance
 from hybrid_policy.runtime.reference_backend import ReferenceBackend
 from hybrid_policy.runtime.rtc import RealTimeChunking
@@ -82,9 +83,11 @@ def backend(model: Pi05, mode="off") -> ReferenceBackend:
     return ReferenceBackend(copy.deepcopy(model), RealTimeChunking(mode), "test")
 
 
+@pytest.mark.parametrize("numpy", [True, False])
 @pytest.mark.parametrize("kind", ["pi05", "pi0"])
 @pytest.mark.parametrize(("kv_heads", "head_dim"), [(1, 16), (2, 16), (4, 10)])
-def test_it_is_the_model(kind, kv_heads, head_dim):
+def test_it_is_the_model(kind, kv_heads, head_dim, numpy, monkeypatch):
+    monkeypatch.setattr(host_blas, "by_numpy", lambda: numpy)
     shape = config(kind, kv_heads, head_dim)
     model = drawn(shape)
     ours = backend(model)
@@ -150,3 +153,13 @@ def test_the_model_s_weights_are_taken_over():
     held = sum(p.numel() for p in model.parameters())
     assert held < 0.2 * count
     assert ours.memory_bytes() > 4 * 0.9 * (count - sum(p.numel() for p in model.parameters()))
+
+
+@pytest.mark.skipif(not host_blas._openblas(), reason="numpy has no OpenBLAS whose threads can be set")
+def test_numpy_s_products_take_pytorch_s_threads(monkeypatch):
+    monkeypatch.setattr(host_blas, "by_numpy", lambda: True)
+    set_to = []
+    monkeypatch.setattr(host_blas, "_openblas", lambda: (set_to.append,))
+    ours = backend(drawn(config()))
+    assert set_to == [torch.get_num_threads()]
+    assert "OpenBLAS" in ours.description
