@@ -188,6 +188,8 @@ def main() -> None:
     end = time.monotonic() + args.load_seconds
     while node.is_alive() and time.monotonic() < end and not log.exists():
         time.sleep(0.2)
+    if not node.is_alive():
+        sys.exit("the node ended before it was configured; see its last lines above")
     drive(robot, args.seconds)
     if node.pid is not None:
         os.kill(node.pid, signal.SIGINT)

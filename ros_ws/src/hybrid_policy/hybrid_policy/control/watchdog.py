@@ -1,12 +1,19 @@
-"""Whether the inputs, the clock and the output can be trusted right now."""
+"""Whether the inputs, the clock, the output and the robot can be trusted right now."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hybrid_policy.control.observation_buffer import JOINTS, InputStatus
 from hybrid_policy.control.robot_file import Timeouts
+
+Array = NDArray[np.float64]
+#: Seconds that the robot may be away from its command before that counts.
+TRACKING_PATIENCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -97,3 +104,29 @@ class ClockMonitor:
             ahead = (passed - steadily) * 1e-9
             return Fault("clock", "forward", f"clock: jumped ahead by {ahead:.3f} s")
         return None
+
+
+class Tracking:
+    """Whether the robot has been away from its command for too long: blocked, stopped, not listening.
+
+    tolerance: rad (m) that count as away; 0: nothing does.
+    """
+
+    def __init__(self, tolerance: float) -> None:
+        self._tolerance = tolerance
+        self._since: int | None = None
+
+    def reset(self) -> None:
+        """It starts from where it is."""
+        self._since = None
+
+    def away(self, commanded: Array | None, measured: Array | None, now: int) -> bool:
+        """commanded, measured: float64 [commands], None where not known; now: nanoseconds."""
+        if measured is None or commanded is None or self._tolerance <= 0.0:
+            return False
+        if float(np.abs(measured - commanded).max()) <= self._tolerance:
+            self._since = None
+            return False
+        if self._since is None:
+            self._since = now
+        return (now - self._since) * 1e-9 > TRACKING_PATIENCE

@@ -22,7 +22,7 @@ from hybrid_policy.control.cycle import ControlCycle, CycleResult
 from hybrid_policy.control.hold import hold_position
 from hybrid_policy.control.latency import LatencyRecorder
 from hybrid_policy.control.observation_buffer import ObservationBuffer, Snapshot
-from hybrid_policy.control.watchdog import ClockMonitor, Fault, Watchdog
+from hybrid_policy.control.watchdog import ClockMonitor, Fault, Tracking, Watchdog
 from hybrid_policy.errors import InputError
 from hybrid_policy.models.observation import ActionChunk, Observation
 from hybrid_policy.ros import real_time
@@ -36,7 +36,6 @@ from hybrid_policy.ros.loop_state import (
     PAUSED,
     RUNNING,
     STOPPED,
-    TRACKING_PATIENCE,
     WAITING,
     LoopSettings,
     LoopStatus,
@@ -76,14 +75,14 @@ class ControlLoop:
         self._on_chunk, self._on_failed = on_chunk, on_failed
         self.clock_monitor = clock_monitor
         self._lock = threading.RLock()
-        self._stop = threading.Event()
+        self._stop, self._chunk_left = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
         self._paused = False
         self._errors_in_row = 0
         self._last_stamp = 0
         self._last_accept: int | None = None
         self._last_hold = 0
-        self._away_since = 0
+        self._tracking = Tracking(settings.tracking_tolerance)
         self._commanded: NDArray[np.float64] | None = None
         self._snapshot = Snapshot(missing=("everything",))
         self._waited, self._patience = 0, 0.0
@@ -94,9 +93,9 @@ class ControlLoop:
 
     def start(self) -> None:
         """Start both threads."""
-        for name, target in (("inference", self._infer_loop), ("control", self._control_loop)):
-            thread = threading.Thread(target=target, name=name, daemon=True)
-            self._threads.append(thread)
+        loops = {"inference": self._infer_loop, "control": self._control_loop}
+        self._threads += [threading.Thread(target=target, name=name, daemon=True) for name, target in loops.items()]
+        for thread in self._threads:
             thread.start()
 
     def stop(self, reason: str, timeout: float = 2.0) -> bool:
@@ -120,6 +119,12 @@ class ControlLoop:
                 self._set_state(HOLDING if self.status.holds else WAITING, "resumed, waiting for a chunk")
 
     skew = property(lambda self: self._snapshot.skew, doc="Seconds between oldest and newest of the inputs taken last.")
+
+    def yield_to_chunk(self, seconds: float) -> None:
+        """Return when the next chunk has left, ``seconds`` later at most: what can wait does not delay it then."""
+        self._chunk_left.clear()
+        if self.status.state == RUNNING:
+            self._chunk_left.wait(seconds)
 
     def inferring_seconds(self) -> float:
         """For how long the present inference has been running; 0 between inferences."""
@@ -188,6 +193,7 @@ class ControlLoop:
         self._record(result, chunk, snapshot, (began, before, after, done))
         self._on_chunk(result)
         self.cycle.draw()
+        self._chunk_left.set()
 
     def _why_discard(self, observation: Observation) -> str:
         """Why a finished chunk must not be used any more; it was inferred without the lock."""
@@ -285,7 +291,7 @@ class ControlLoop:
             if faults:
                 self._enter_hold(str(faults[0]), HOLDING)
                 self.reports.error(f"hold {faults[0].source} {faults[0].kind}", f"holding: {faults[0]}")
-            elif self._away(now):
+            elif self._tracking.away(self._commanded, self._measured(now), now):
                 self._enter_hold(f"robot more than {self.settings.tracking_tolerance:g} from its command", HOLDING)
                 self.reports.error("tracking", f"holding where the robot is: {self.status.reason}")
             elif self._commanded is not None:
@@ -329,18 +335,6 @@ class ControlLoop:
         """Those that a new chunk would not cure."""
         return [fault for fault in faults if fault.kind != "overdue"]
 
-    def _away(self, now: int) -> bool:
-        """Whether the robot has been away from its command for too long (blocked, stopped, not listening)."""
-        measured = self._measured(now)
-        limit = self.settings.tracking_tolerance
-        if measured is None or self._commanded is None or limit <= 0.0:
-            return False
-        if float(np.abs(measured - self._commanded).max()) <= limit:
-            self._away_since = 0
-            return False
-        self._away_since = self._away_since or now
-        return (now - self._away_since) * 1e-9 > TRACKING_PATIENCE
-
     def _clock_jumped(self, jump: Fault) -> None:
         self.reports.error("clock", f"{jump}; starting afresh")
         if self.status.state == RUNNING:
@@ -348,7 +342,8 @@ class ControlLoop:
         self.buffer.clear()
         self.cycle.reset()
         self._snapshot = Snapshot(missing=("everything",))
-        self._last_stamp, self._last_accept, self._away_since = 0, None, 0
+        self._last_stamp, self._last_accept = 0, None
+        self._tracking.reset()
 
     # Holding
 
@@ -373,7 +368,7 @@ class ControlLoop:
         if not moving:
             return
         self.status.holds += 1
-        self._away_since = 0
+        self._tracking.reset()
         now = self.clock()
         if self.cycle.robot.timeouts.action == "none":
             return

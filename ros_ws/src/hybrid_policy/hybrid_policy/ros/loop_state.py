@@ -13,8 +13,6 @@ PAUSED, STOPPED, FAILED = "paused", "stopped", "failed"
 HOLD_REPEAT = 1.0
 #: Camera periods for which the inference waits for images; and the age at which it does not wait for newer.
 PATIENCE, FRESH = 1.25, 0.25
-#: Seconds that the robot may be away from its command before that counts.
-TRACKING_PATIENCE = 0.5
 
 
 @dataclass(frozen=True)

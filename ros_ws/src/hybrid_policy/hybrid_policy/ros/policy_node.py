@@ -296,6 +296,7 @@ class PolicyNode(LifecycleNode):
 
     def _look_around(self) -> None:
         """Who else commands the robot, and has the loop given up."""
+        self._let_a_chunk_leave()
         if self.failed.is_set() and self._loop is not None:
             self.failed.clear()
             self.get_logger().error(f"deactivating: {self.problem}")
@@ -313,8 +314,14 @@ class PolicyNode(LifecycleNode):
         else:
             self._loop.contended = ""
 
+    def _let_a_chunk_leave(self) -> None:
+        """Both threads want the interpreter, and timers of whole periods meet the same chunk again and again."""
+        if self._loop is not None:
+            self._loop.yield_to_chunk(0.05)
+
     def _report(self) -> None:
         """Diagnostics and ``~/status``, once a second."""
+        self._let_a_chunk_leave()
         now, loop = self.now(), self._loop
         state = str(self._state_machine.current_state[1])
         if loop is None or self._policy is None:

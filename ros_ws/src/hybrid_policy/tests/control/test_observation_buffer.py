@@ -12,7 +12,7 @@ import pytest
 from hybrid_policy.control.latency import ChunkRecord, LatencyRecorder
 from hybrid_policy.control.observation_buffer import ObservationBuffer
 from hybrid_policy.control.robot_file import RobotFile
-from hybrid_policy.control.watchdog import ClockMonitor, Watchdog
+from hybrid_policy.control.watchdog import ClockMonitor, Tracking, Watchdog
 from hybrid_policy.errors import InputError
 
 from .synthetic import TWO_JOINTS, image, joint_state, robot  # isort: skip
@@ -230,3 +230,18 @@ def test_waiting_for_images(tmp_path: Path) -> None:
     assert seen == [True]
     stamps = buffer.snapshot().stamps
     assert (stamps["cam"], stamps["wrist"]) == (T0 + 50 * MS, T0 + 55 * MS)
+
+
+def test_a_robot_that_stays_away_from_its_command() -> None:
+    tracking, command, there = Tracking(0.1), np.array([0.0, 1.0]), np.array([0.0, 1.2])
+    assert not tracking.away(command, there, T0)
+    assert not tracking.away(command, there, T0 + 400 * MS)
+    assert not tracking.away(command, command, T0 + 450 * MS)  # it was back for a moment
+    assert not tracking.away(command, there, T0 + 600 * MS)
+    assert not tracking.away(command, there, T0 + 1100 * MS)
+    assert tracking.away(command, there, T0 + 1101 * MS)
+    assert not tracking.away(command, None, T0 + 1200 * MS)  # where it is, is not known
+    tracking.reset()
+    assert not tracking.away(command, there, T0 + 1300 * MS)
+    off = Tracking(0.0)
+    assert not any(off.away(command, there, T0 + k * 10**9) for k in range(5))
