@@ -1,6 +1,6 @@
 """The loop kernel alone: correct against float64 first, then microseconds a layer and where they go.
 
-    python benchmarks/expert_loop.py --out results/
+python benchmarks/expert_loop.py --out results/
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def pick(pair, step):
     return pair[0][step], pair[1][step]
 
 
-def check(formats, layers=3, steps=2, tokens=50, valid=560, capacity=610) -> float:
+def check(formats, layers=3, steps=2, tokens=50, valid=560, capacity=610, **options) -> float:
     """Relative error of the stream after all steps against float64."""
     torch.manual_seed(0)
-    loop, reference, keys, values, tables = build(formats, layers, steps, tokens, valid, capacity)
+    loop, reference, keys, values, tables = build(formats, layers, steps, tokens, valid, capacity, **options)
     start = torch.tensor([valid], dtype=torch.int32, device=DEVICE)
     h = torch.randn(tokens, WIDTH, device=DEVICE)
     expected, first = h.double(), None
@@ -136,7 +136,11 @@ def clocks_table(loop) -> None:
     """Nanoseconds (at 1.755 GHz) from stage to stage, median and 90 % over blocks and layers."""
     clocks = loop.clocks[:, 1:].double() / 1.755  # the first layer waits for the launch
     print("  nanoseconds, median (90 %) [largest median of a block]")
-    for name, blocks in (("projects, attends", slice(0, 80)), ("attends", slice(80, 104)), ("neither", slice(104, 128))):
+    for name, blocks in (
+        ("projects, attends", slice(0, 80)),
+        ("attends", slice(80, 104)),
+        ("neither", slice(104, 128)),
+    ):
         print(f"  blocks that {name}")
         for event, (begin, end) in EVENTS.items():
             part = clocks[blocks, :, end] - clocks[blocks, :, begin]
@@ -144,7 +148,9 @@ def clocks_table(loop) -> None:
                 worst = part.median(1).values.max().item()
                 part = part.flatten()
                 print(f"    {event:28s} {part.median().item():8.0f} ({part.quantile(0.9).item():.0f}) [{worst:.0f}]")
-        part = (clocks[blocks, 1:, 1 if name[0] == "p" else 6] - clocks[blocks, :-1, 1 if name[0] == "p" else 6]).flatten()
+        part = (
+            clocks[blocks, 1:, 1 if name[0] == "p" else 6] - clocks[blocks, :-1, 1 if name[0] == "p" else 6]
+        ).flatten()
         print(f"    a layer {part.median().item():.0f}")
 
 
@@ -154,38 +160,40 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--trace", action="store_true", help="also where the time of a layer goes")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--groups", nargs="+", type=int, default=[4], help="warpgroups of a block")
     parser.add_argument("--macros", nargs="+", default=[""], help="variants, each like BACKOFF=0,FENCED=1")
     parser.add_argument("--quick", action="store_true", help="one check and one timing a recipe")
     arguments = parser.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__)
     rows = []
-    for name in arguments.recipes:
+    cases = {"2x48": {}, "3x200": {"valid": 968, "capacity": 1018}, "16 tokens": {"tokens": 16}}
+    for name, groups in ((name, groups) for name in arguments.recipes for groups in arguments.groups):
         formats = RECIPES[name]
-        row = {"recipe": name}
+        row = {"recipe": name, "warpgroups": groups}
+        rows.append(row)
         try:
-            for case, options in (("2x48", {}), ("3x200", {"valid": 968, "capacity": 1018}), ("16 tokens", {"tokens": 16})):
-                if arguments.quick and case != "2x48":
-                    continue
-                row[f"error {case}"] = check(formats, **options)
-                print(f"{name} {case}: relative error {row[f'error {case}']:.2e}", flush=True)
+            for case, options in cases.items():
+                if not arguments.quick or case == "2x48":
+                    row[f"error {case}"] = check(formats, groups=groups, **options)
+                    print(f"{name}, {groups} warpgroups, {case}: error {row[f'error {case}']:.2e}", flush=True)
             for case, valid in (("2x48", 560), ("3x200", 968)):
-                if arguments.quick and case != "2x48":
-                    continue
-                row[f"us a layer {case}"] = measure(formats, valid)[0]
-                print(f"{name} {case}: {row[f'us a layer {case}']:.2f} us a layer", flush=True)
+                if not arguments.quick or case == "2x48":
+                    row[f"us a layer {case}"] = measure(formats, valid, groups=groups)[0]
+                    print(
+                        f"{name}, {groups} warpgroups, {case}: {row[f'us a layer {case}']:.2f} us a layer", flush=True
+                    )
             for variant in filter(None, arguments.macros):
                 macros = {key: int(value) for key, value in (item.split("=") for item in variant.split(","))}
-                row[f"us a layer {variant}"] = measure(formats, 560, macros=macros)[0]
+                row[f"us a layer {variant}"] = measure(formats, 560, macros=macros, groups=groups)[0]
                 print(f"{name} {variant}: {row[f'us a layer {variant}']:.2f} us a layer", flush=True)
             if arguments.trace:
-                clocks_table(measure(formats, 560, trace=True)[1])
+                clocks_table(measure(formats, 560, trace=True, groups=groups)[1])
         except Exception:
             traceback.print_exc()
             try:
                 torch.cuda.synchronize()
             except RuntimeError:
                 break  # a trap leaves nothing to go on with
-        rows.append(row)
     print(json.dumps(rows, indent=1))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,14 @@
 """All layers of the action expert in one launch: host side of expert_loop.cu.
 
 The same layer as in `hybrid_policy.kernels.expert`, for pi0.5's own expert (width 1024, GeGLU 4096, eight query heads
-and one of keys and values, 256 each), 8 to 64 tokens, on a Hopper GPU that can hold 64 clusters of two blocks at once.
+and one of keys and values, 256 each), 16 to 64 tokens, on a Hopper GPU that can hold 64 clusters of two blocks at once.
 The launch stays on the device for a whole pass: weights stream ahead of need, blocks exchange activations by polling.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,19 +24,19 @@ SOURCES = tuple(
     Path(__file__).with_name(f"expert_{part}.cu")
     for part in ("common", "loop_parts", "loop_layout", "loop_attention", "loop")
 )
-TILES, PARTS, WARPS = 16, 8, 8
+TILES, PARTS = 16, 8
 WIDTH, FEATURES, HEADS, HEAD_DIM = 1024, 4096, 8, 256
-#: stages with weights: rows, K, and k steps of 16 of one warp
+#: stages with weights: rows, K, and k steps of 16 of a block
 STAGES = {
-    "qkv": ((HEADS + 2) * HEAD_DIM, WIDTH, 16),
-    "o": (WIDTH, HEADS * HEAD_DIM, 8),
-    "gate_up": (2 * FEATURES, WIDTH, 32),
-    "down": (WIDTH, FEATURES, 16),
+    "qkv": ((HEADS + 2) * HEAD_DIM, WIDTH, 32),
+    "o": (WIDTH, HEADS * HEAD_DIM, 16),
+    "gate_up": (2 * FEATURES, WIDTH, 64),
+    "down": (WIDTH, FEATURES, 32),
 }
 QKV_BLOCKS = STAGES["qkv"][0] // 64 * 2
-#: k steps and bytes of one bulk copy
-PIECE = {"bf16": (4, 2048), "e4m3": (8, 2048), "nvfp4": (16, 2560)}
-STATIC_BYTES = 5120  # barriers and small tables beside the dynamic shared memory
+#: k steps in 16 bytes of each lane of a warp, and bytes of a warp for them
+SIXTEEN = {"bf16": (1, 512), "e4m3": (2, 512), "nvfp4": (4, 640)}
+STATIC_BYTES = 6144  # barriers and small tables beside the dynamic shared memory
 _EMPTY = -1  # a word of mail that has not been written
 
 
@@ -44,8 +44,11 @@ _EMPTY = -1  # a word of mail that has not been written
 class LoopPlan:
     """Sizes that follow from tokens, cache and formats.
 
-    keys: rows of the cache a block attends to, at most. slots: of the ring of weights, ``slot`` bytes each.
+    groups: warpgroups of a block, 2 or 4. keys: rows of the cache a block attends to, at most. slots: of the ring of
+    weights, ``slot`` bytes each.
     """
+
+    groups: int
 
     tokens: int
     padded: int
@@ -57,9 +60,23 @@ class LoopPlan:
         """Bytes of dynamic shared memory; as laid out in expert_loop_layout.cu."""
         pitch = HEAD_DIM * 2 + 16
         x = -(-max(self.padded * 1024, self.keys * pitch) // 1024) * 1024
-        sums = max(32768 + self.padded * 256, -(-self.keys * pitch // 128) * 128)
+        sums = max(self.groups * 16384, -(-self.keys * pitch // 128) * 128)
         before = x + sums + 32 * pitch + 32 * (self.keys * 2 + 16)
         return -(-before // 128) * 128 + self.slots * self.slot
+
+    @property
+    def warps(self) -> int:
+        """Of a block."""
+        return 4 * self.groups
+
+    def piece(self, fmt: str) -> tuple[int, int]:
+        """K steps and bytes of one warp's share of a bulk copy."""
+        steps, size = SIXTEEN[fmt]
+        return 8 // self.groups * steps, 8 // self.groups * size
+
+    def steps(self, stage: str) -> int:
+        """K steps of a warp in a stage."""
+        return STAGES[stage][2] // self.groups
 
     @property
     def mail_words(self) -> int:
@@ -73,51 +90,53 @@ class LoopPlan:
         return TILES * PARTS * 512 * (2 * self.padded // 8 + PARTS)
 
 
-def plan_loop(tokens: int, capacity: int, formats: Collection[str], limit: int) -> LoopPlan | None:
+def plan_loop(tokens: int, capacity: int, formats: Mapping[str, str], limit: int, groups: int = 4) -> LoopPlan | None:
     """The plan with the longest rings that fits ``limit`` bytes of shared memory; None where none does.
 
-    tokens: of the chunk. capacity: rows of the cache, the chunk's included. formats: of the weights.
+    tokens: of the chunk. capacity: rows of the cache, the chunk's included. formats: of the stages.
     """
-    if not PARTS <= tokens <= 64 or capacity <= tokens:
+    if not 16 <= tokens <= 64 or capacity <= tokens:
         return None
     keys = -(-(capacity - tokens) // PARTS) + -(-tokens // PARTS)
     keys = -(-keys // 16) * 16
     if keys > 128:
         return None
     padded = 56 if tokens <= 56 else 64
-    slot = WARPS * max(PIECE[fmt][1] for fmt in formats)
+    slot = 32 * max(SIXTEEN[fmt][1] for fmt in formats.values())
     for slots in range(8, 2, -1):
-        plan = LoopPlan(tokens, padded, keys, slots, slot)
+        plan = LoopPlan(groups, tokens, padded, keys, slots, slot)
+        if any(plan.steps(stage) % plan.piece(fmt)[0] for stage, fmt in formats.items()):
+            return None
         if plan.shared() + STATIC_BYTES <= limit:
             return plan
     return None
 
 
-def pieces(fmt: str, values: Tensor, scales: Tensor | None) -> Tensor:
-    """Rows of W cut into bulk copies: uint8 [N / 16, K / 16 / steps, bytes].
+def pieces(fmt: str, values: Tensor, scales: Tensor | None, sixteens: int) -> Tensor:
+    """Rows of W cut into a warp's shares of bulk copies: uint8 [N / 16, K / 16 / steps, bytes].
 
     Lane ``4g + t`` holds wgmma's A fragment of 16 rows and 16 k: element (k8, r8, e) is row ``2g + r8``, k
-    ``2t + 8 k8 + e``. A piece is four times 512 bytes, of each lane 16. bf16: one k step, (k8, r8, e). E4M3: two k
-    steps, four words (step, k8) of `e4m3_words`. NVFP4: four k steps, a word of `packing.pack_words` each; then four times
-    128 bytes of scales: for each g four words, one a k step, of bf16(scale · 2^119) of rows 2g (low) and 2g + 1.
+    ``2t + 8 k8 + e``. A share is ``sixteens`` times 512 bytes, of each lane 16. bf16: one k step, (k8, r8, e). E4M3: two k
+    steps, four words (step, k8) of `e4m3_words`. NVFP4: four k steps, a word of `packing.pack_words` each; then as
+    often 128 bytes of scales: for each g four words, one a k step, of bf16(scale · 2^119) of rows 2g (low) and 2g + 1.
     """
     n, k = values.shape
-    steps, size = PIECE[fmt]
     raw = values if fmt != "e4m3" else values.view(torch.uint8)
     # T g r8 S k8 t e -> T S g t k8 r8 e
     f = raw.reshape(n // 16, 8, 2, k // 16, 2, 4, 2).permute(0, 3, 1, 5, 4, 2, 6)
+    size = sixteens * SIXTEEN[fmt][1]
     if fmt == "bf16":
         return f.contiguous().view(torch.uint8).reshape(n // 16, -1, size)
     if fmt == "e4m3":
-        words = e4m3_words(f).unflatten(1, (-1, 4, 2)).permute(0, 1, 2, 4, 5, 3, 6)  # T P quarter g t step k8
+        words = e4m3_words(f).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5)  # T I g t step k8
         return words.contiguous().view(torch.uint8).reshape(n // 16, -1, size)
     assert scales is not None
     words = packing.pack_words(f.flatten(-3))[..., 0]  # T S g t
-    words = words.unflatten(1, (-1, 4, 4)).permute(0, 1, 2, 4, 5, 3)  # T P quarter g t step
-    codes = words.contiguous().view(torch.uint8).reshape(n // 16, -1, 2048)
-    wide = expert_packing.wide_scales(scales).reshape(n // 16, 8, 2, -1, 4, 4)  # T g r8 P quarter step
-    wide = wide.permute(0, 3, 4, 1, 5, 2)  # T P quarter g step r8
-    return torch.cat((codes, wide.contiguous().view(torch.uint8).reshape(n // 16, -1, 512)), -1)
+    words = words.unflatten(1, (-1, 4)).permute(0, 1, 3, 4, 2)  # T I g t step
+    codes = words.contiguous().view(torch.uint8).reshape(n // 16, -1, sixteens * 512)
+    wide = expert_packing.wide_scales(scales).reshape(n // 16, 8, 2, -1, 4)  # T g r8 I step
+    wide = wide.permute(0, 3, 1, 4, 2)  # T I g step r8
+    return torch.cat((codes, wide.contiguous().view(torch.uint8).reshape(n // 16, -1, sixteens * 128)), -1)
 
 
 def e4m3_words(codes: Tensor) -> Tensor:
@@ -130,17 +149,16 @@ def e4m3_words(codes: Tensor) -> Tensor:
     return torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32)
 
 
-def _shares(stage: str) -> tuple[Tensor, Tensor]:
-    """Which 16 rows, and from which k step on, each block's each warp has: two int64 [128, 8]."""
-    block, warp = torch.arange(TILES * PARTS)[:, None], torch.arange(WARPS)[None]
+def _shares(stage: str, groups: int) -> tuple[Tensor, Tensor]:
+    """Which 16 rows, and from which k step on, each block's each warp has: two int64 [128, warps]."""
+    block, warp = torch.arange(TILES * PARTS)[:, None], torch.arange(4 * groups)[None]
     tile, part = block // PARTS, block % PARTS
-    pair, group, row_tile = block // 2, warp // 4, warp % 4
+    pair, group, row_tile, steps = block // 2, warp // 4, warp % 4, STAGES[stage][2]
     if stage == "qkv":
-        return pair * 4 + row_tile, part % 2 * 32 + group * 16
+        return pair * 4 + row_tile, part % 2 * steps + group * (steps // groups)
     if stage == "gate_up":
-        return pair * 8 + warp, (part % 2 * 32).expand(-1, WARPS)
-    k = STAGES[stage][1] // 16
-    return (tile * 4 + row_tile).expand(len(block), -1), part * (k // 8) + group * (k // 16)
+        return pair * 8 + warp % 8, part % 2 * (steps // 2) + group // 2 * (steps // groups)
+    return (tile * 4 + row_tile).expand(len(block), -1), part * steps + group * (steps // groups)
 
 
 class _Arguments(ctypes.Structure):
@@ -160,7 +178,7 @@ class ExpertLoop:
         layers, steps: of the expert, of the flow.
         tokens: of a chunk. capacity: rows of the cache.
         formats: ``qkv``, ``o``, ``gate_up``, ``down`` -> bf16, e4m3 or nvfp4 (activations are bf16 in each).
-        trace: record clocks of every block and stage in `clocks`. macros: BACKOFF, FENCED, for experiments.
+        trace: record clocks of every block and stage in `clocks`. groups: warpgroups of a block, 2 or 4. macros: BACKOFF, FENCED, for experiments.
     """
 
     def __init__(
@@ -174,13 +192,15 @@ class ExpertLoop:
         *,
         pdl: bool = True,
         trace: bool = False,
+        groups: int = 4,
         macros: dict[str, int] | None = None,
     ) -> None:
-        plan = plan_loop(tokens, capacity, formats.values(), expert.shared_limit(device))
+        plan = plan_loop(tokens, capacity, formats, expert.shared_limit(device), groups)
         if plan is None:
             raise InputError(f"expert loop: {tokens} tokens, {capacity} rows of cache: no plan fits this device")
         self.plan, self._layers, self._capacity, self._formats = plan, layers, capacity, dict(formats)
-        sizes = {name: STAGES[name][2] // PIECE[fmt][0] * PIECE[fmt][1] for name, fmt in formats.items()}
+        sizes = {name: plan.steps(name) // SIXTEEN[fmt][0] * SIXTEEN[fmt][1] for name, fmt in formats.items()}
+        warps = plan.warps
         self._offsets = {}
         at = 0
         for name in STAGES:
@@ -188,10 +208,12 @@ class ExpertLoop:
             at += sizes[name]
         self._long, self._sizes = at, sizes
         blocks, tail = TILES * PARTS, at - sizes["qkv"]
-        head = QKV_BLOCKS * layers * WARPS * self._long
-        self.weights = torch.empty(head + (blocks - QKV_BLOCKS) * layers * WARPS * tail, dtype=torch.uint8, device=device)
-        self._with_qkv = self.weights[:head].view(QKV_BLOCKS, layers, WARPS * self._long)
-        self._without = self.weights[head:].view(blocks - QKV_BLOCKS, layers, WARPS * tail)
+        head = QKV_BLOCKS * layers * warps * self._long
+        self.weights = torch.empty(
+            head + (blocks - QKV_BLOCKS) * layers * warps * tail, dtype=torch.uint8, device=device
+        )
+        self._with_qkv = self.weights[:head].view(QKV_BLOCKS, layers, warps * self._long)
+        self._without = self.weights[head:].view(blocks - QKV_BLOCKS, layers, warps * tail)
         rows = sum(shape[0] for shape in STAGES.values())
         self.row_scale = torch.empty(layers, rows, device=device)
         self.vectors = torch.empty(steps, layers, rows + 2 * WIDTH, device=device)
@@ -199,11 +221,17 @@ class ExpertLoop:
         self._parcels = torch.full((plan.parcel_words,), _EMPTY, dtype=torch.int32, device=device)
         self.clocks = torch.zeros(blocks, layers, 24, dtype=torch.int64, device=device) if trace else None
         chosen = {"BACKOFF": 20, "FENCED": 1} | (macros or {})
-        macros = chosen | {"TOKENS": tokens, "MT": plan.padded, "KEYS": plan.keys, "SLOTS": plan.slots}
+        macros = chosen | {
+            "TOKENS": tokens,
+            "MT": plan.padded,
+            "KEYS": plan.keys,
+            "SLOTS": plan.slots,
+            "GROUPS": groups,
+        }
         macros |= {f"FORMAT_{name.upper()}": expert.FORMATS[fmt] for name, fmt in formats.items()}
         self._kernel = Kernel(
             SOURCES, "expert_loop", macros | {"PDL": int(pdl), "TRACE": int(trace)},
-            threads=WARPS * 32,
+            threads=warps * 32,
              shared=plan.shared(), pdl=pdl, specific=True,
         )  # fmt: skip
         room, pairs = self._kernel.active_clusters((blocks, 1), 2), blocks // 2
@@ -230,18 +258,24 @@ class ExpertLoop:
             product = shift.float() @ expert.decoded(fmt, values, scales, rows).T
             begin = {"qkv": WIDTH, "gate_up": WIDTH + STAGES["qkv"][0] + 2 * WIDTH}[stage]
             self.vectors[:, layer, begin : begin + shape[0]] = product[:, order]
-        cut = pieces(fmt, expert.rows_of(values, order), None if scales is None else expert.rows_of(scales, order))
-        steps, size = PIECE[fmt]
-        tiles, first = (share.to(values.device) for share in _shares(stage))
-        count = STAGES[stage][2] // steps
+        cut = pieces(
+            fmt,
+            expert.rows_of(values, order),
+            None if scales is None else expert.rows_of(scales, order),
+            8 // self.plan.groups,
+        )
+        plan = self.plan
+        steps = plan.piece(fmt)[0]
+        tiles, first = (share.to(values.device) for share in _shares(stage, plan.groups))
+        count = plan.steps(stage) // steps
         index = (first // steps)[..., None] + torch.arange(count, device=values.device)
         active = QKV_BLOCKS if stage == "qkv" else len(tiles)
         taken = cut[tiles[:active, :, None], index[:active]]  # [blocks, warps, pieces, bytes]
         taken = taken.transpose(1, 2).flatten(1)
-        begin, length = WARPS * self._offsets[stage], taken.shape[1]
+        begin, length = plan.warps * self._offsets[stage], taken.shape[1]
         self._with_qkv[:, layer, begin : begin + length] = taken[:QKV_BLOCKS]
         if stage != "qkv":
-            begin -= WARPS * self._sizes["qkv"]
+            begin -= plan.warps * self._sizes["qkv"]
             self._without[:, layer, begin : begin + length] = taken[QKV_BLOCKS:]
 
     def modulate(self, layer: int, factors: tuple[Tensor, Tensor], gates: tuple[Tensor, Tensor]) -> None:
@@ -290,4 +324,31 @@ class ExpertLoop:
 
     def nbytes(self) -> int:
         """Bytes of weights, vectors and mail."""
-        return self.weights.nbytes + self.row_scale.nbytes + self.vectors.nbytes + self._mail.nbytes + self._parcels.nbytes
+        return (
+            self.weights.nbytes + self.row_scale.nbytes + self.vectors.nbytes + self._mail.nbytes + self._parcels.nbytes
+        )
+
+
+def fits_device(
+    device: torch.device,
+    tokens: int,
+    capacity: int,
+    width: int,
+    mlp_dim: int,
+    heads: tuple[int, int, int],
+    formats: dict[str, str],
+) -> bool:
+    """Whether the loop kernel serves an expert on a device: Hopper (wgmma), pi0.5's dimensions, formats whose pieces divide.
+
+    formats: ``qkv``, ``o``, ``gate_up``, ``down`` -> bf16, e4m3 or nvfp4. A device that cannot hold all blocks at once
+    is only found out by `ExpertLoop`.
+    """
+    if torch.cuda.get_device_capability(device) != (9, 0) or (width, mlp_dim, heads) != (
+        WIDTH,
+        FEATURES,
+        (HEADS, 1, HEAD_DIM),
+    ):
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    enough = properties.multi_processor_count >= TILES * PARTS
+    return enough and plan_loop(tokens, capacity, formats, expert.shared_limit(device)) is not None

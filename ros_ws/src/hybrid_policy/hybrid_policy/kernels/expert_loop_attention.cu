@@ -21,11 +21,11 @@ __device__ __forceinline__ void fetch_prefix(const Place& at, const KeyRange& ra
     const u16* from = cache + (size_t)(range.first + row) * HEAD_DIM + piece * 8;
     to += row * PITCH + piece * 16;
 #pragma unroll 2
-    for (int r = row; r < range.prefix; r += THREADS / PIECES, from += THREADS / PIECES * HEAD_DIM)
+    for (int r = row; r < range.prefix; r += WORKERS / PIECES, from += WORKERS / PIECES * HEAD_DIM)
         copy16(to + (r - row) * PITCH, from);
     const int end = (range.count() + 15) / 16 * 16;
 #pragma unroll 1
-    for (int r = range.count() + row; r < end; r += THREADS / PIECES) store_shared4(to + (r - row) * PITCH, make_uint4(0, 0, 0, 0));
+    for (int r = range.count() + row; r < end; r += WORKERS / PIECES) store_shared4(to + (r - row) * PITCH, make_uint4(0, 0, 0, 0));
 }
 
 struct AttentionMemory {
@@ -35,35 +35,37 @@ struct AttentionMemory {
 __device__ __forceinline__ void attend(
     const Place& at, const KeyRange& range, u8* memory, AttentionMemory& m, u8* mail, u8* next, u8* parcels, float scale, const Arguments& p, int layer) {
     const u32 base = shared_address(memory), k_to = base + A_X, v_to = base + A_SUMS, q_to = base + A_Q;
-    const int first_row = at.tile * QUERIES, lane = at.lane, warp = at.warp;
-    {  // four pieces of the queries, and one of the chunk's own keys and values
-        constexpr int PIECES = HEAD_DIM / 8, ROWS = THREADS / PIECES, TURNS = QUERIES / ROWS;
-        const int row = at.tid / PIECES, piece = at.tid % PIECES;
+    const int first_row = at.tile * QUERIES, lane = at.lane;
+    // a warp has 16 keys, then 32 dims, for both halves of the rows or, of sixteen warps, for one
+    constexpr int HALVES = 4 / GROUPS;
+    const int warp = at.warp % 8, row_half = at.warp / 8 * HALVES;
+    {  // pieces of the queries, and of the chunk's own keys and values: of both with two warpgroups, else of one
+        constexpr int PIECES = HEAD_DIM / 8, ROWS = WORKERS / PIECES, TURNS = QUERIES / ROWS, OWN = 4 / GROUPS;
+        const int row = at.tid / PIECES, piece = at.tid % PIECES, own_row = row % 8, of_values = row / 8;
         const u8* const q_from = mail + M_Q + ((size_t)(first_row + row) * HEAD_DIM + piece * 8) * 2;
-        const u8* const own_from = mail + M_K + ((range.token + row) * HEAD_DIM + piece * 8) * 2;
-        static_assert(TURNS == 4 && (TOKENS + PARTS - 1) / PARTS <= ROWS && M_V - M_K == MT * HEAD_DIM * 2, "one row a turn");
-        uint4 v[TURNS + 2];
-        u32 pending = row < range.tokens ? 3u << TURNS : 0;
+        const u8* const own_from = mail + M_K + of_values * (M_V - M_K) + ((range.token + own_row) * HEAD_DIM + piece * 8) * 2;
+        static_assert((TOKENS + PARTS - 1) / PARTS <= 8 && M_V - M_K == MT * HEAD_DIM * 2, "one row a turn");
+        uint4 v[TURNS + OWN] = {};
+        u32 pending = own_row < range.tokens ? ((1u << OWN) - 1) << TURNS : 0;
 #pragma unroll
         for (int j = 0; j < TURNS; j++) {
-            v[j] = make_uint4(0, 0, 0, 0);
             if (first_row + row + j * ROWS < TOKENS * HEADS) pending |= 1u << j;
         }
         for (u32 tries = 0; pending; tries++) {
 #pragma unroll
-            for (int j = 0; j < TURNS + 2; j++)
-                if (pending >> j & 1) v[j] = peek4(j < TURNS ? q_from + j * (ROWS * HEAD_DIM * 2) : own_from + (j - TURNS) * (M_V - M_K));
+            for (int j = 0; j < TURNS + OWN; j++)
+                peek4_if(v[j], j < TURNS ? q_from + j * (ROWS * HEAD_DIM * 2) : own_from + (j - TURNS) * (M_V - M_K), pending & 1u << j);
 #pragma unroll
-            for (int j = 0; j < TURNS + 2; j++)
+            for (int j = 0; j < TURNS + OWN; j++)
                 if ((pending >> j & 1) && complete(v[j])) pending &= ~(1u << j);
             if (tries > PATIENCE) __trap();
         }
-        const u32 place = row * PITCH + piece * 16;
 #pragma unroll
-        for (int j = 0; j < TURNS; j++) store_shared4(q_to + place + j * (ROWS * PITCH), v[j]);
-        if (row < range.tokens) {
-            store_shared4(k_to + range.prefix * PITCH + place, v[TURNS]);
-            store_shared4(v_to + range.prefix * PITCH + place, v[TURNS + 1]);
+        for (int j = 0; j < TURNS; j++) store_shared4(q_to + (row + j * ROWS) * PITCH + piece * 16, v[j]);
+        if (own_row < range.tokens) {
+            const u32 place = (range.prefix + own_row) * PITCH + piece * 16;
+            store_shared4((of_values ? v_to : k_to) + place, v[TURNS]);
+            if (OWN == 2) store_shared4(v_to + place, v[TURNS + OWN - 1]);
         }
     }
     copies_done();
@@ -71,30 +73,30 @@ __device__ __forceinline__ void attend(
     MARK(16);
 
     const int count = range.count(), g = at.g, t = at.t;
-    float s[2][2][4], top[2][2];
+    float s[HALVES][2][4], top[HALVES][2];
 #pragma unroll
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < HALVES; i++)
 #pragma unroll
         for (int n = 0; n < 2; n++)
 #pragma unroll
             for (int j = 0; j < 4; j++) s[i][n][j] = 0.0f;
     if (warp * 16 < count) {  // scores: this warp's 16 keys against all rows
-        const u32 q_base = q_to + (lane % 16) * PITCH + (lane / 16) * 16;
+        const u32 q_base = q_to + (row_half * 16 + lane % 16) * PITCH + (lane / 16) * 16;
         const u32 k_base = k_to + (warp * 16 + (lane / 16) * 8 + lane % 8) * PITCH + ((lane / 8) % 2) * 16;
 #pragma unroll 4
         for (int k = 0; k < HEAD_DIM / 16; k++) {
-            u32 a0[4], a1[4], b[4];
-            ldmatrix4(a0, q_base + k * 32);
-            ldmatrix4(a1, q_base + 16 * PITCH + k * 32);
+            u32 a[4], b[4];
             ldmatrix4(b, k_base + k * 32);
-            mma(s[0][0], a0, b[0], b[1]);
-            mma(s[0][1], a0, b[2], b[3]);
-            mma(s[1][0], a1, b[0], b[1]);
-            mma(s[1][1], a1, b[2], b[3]);
+#pragma unroll
+            for (int i = 0; i < HALVES; i++) {
+                ldmatrix4(a, q_base + i * 16 * PITCH + k * 32);
+                mma(s[i][0], a, b[0], b[1]);
+                mma(s[i][1], a, b[2], b[3]);
+            }
         }
     }
 #pragma unroll
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < HALVES; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float best = MINUS_INFINITY;
@@ -108,15 +110,15 @@ __device__ __forceinline__ void attend(
                 }
             best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
             best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
-            if (t == 0) m.top[warp][i * 16 + half * 8 + g] = best;
+            if (t == 0) m.top[warp][(row_half + i) * 16 + half * 8 + g] = best;
         }
     __syncthreads();
     u8* const p_memory = memory + A_P;
 #pragma unroll
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < HALVES; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int row = i * 16 + half * 8 + g;
+            const int row = (row_half + i) * 16 + half * 8 + g;
             float best = m.top[0][row];
 #pragma unroll
             for (int w = 1; w < 8; w++) best = fmaxf(best, m.top[w][row]);
@@ -136,28 +138,29 @@ __device__ __forceinline__ void attend(
         }
     __syncthreads();
     constexpr int DIMS = HEAD_DIM / 8;  // of a warp here, of a block below
-    float acc[2][DIMS / 8][4];
+    float acc[HALVES][DIMS / 8][4];
 #pragma unroll
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < HALVES; i++)
 #pragma unroll
         for (int n = 0; n < DIMS / 8; n++)
 #pragma unroll
             for (int j = 0; j < 4; j++) acc[i][n][j] = 0.0f;
-    const u32 p_base = base + A_P + (lane % 16) * P_PITCH + (lane / 16) * 16;
+    const u32 p_base = base + A_P + (row_half * 16 + lane % 16) * P_PITCH + (lane / 16) * 16;
     const u32 v_base = v_to + (lane % 16) * PITCH + (warp * DIMS + (lane / 16) * 8) * 2;
 #pragma unroll 2
     for (int k = 0; k < (count + 15) / 16; k++) {
-        u32 a0[4], a1[4];
-        ldmatrix4(a0, p_base + k * 32);
-        ldmatrix4(a1, p_base + 16 * P_PITCH + k * 32);
+        u32 a[HALVES][4];
+#pragma unroll
+        for (int i = 0; i < HALVES; i++) ldmatrix4(a[i], p_base + i * 16 * P_PITCH + k * 32);
 #pragma unroll
         for (int n = 0; n < DIMS / 8; n += 2) {
             u32 b[4];
             ldmatrix4_transposed(b, v_base + k * 16 * PITCH + n * 16);
-            mma(acc[0][n], a0, b[0], b[1]);
-            mma(acc[0][n + 1], a0, b[2], b[3]);
-            mma(acc[1][n], a1, b[0], b[1]);
-            mma(acc[1][n + 1], a1, b[2], b[3]);
+#pragma unroll
+            for (int i = 0; i < HALVES; i++) {
+                mma(acc[i][n], a[i], b[0], b[1]);
+                mma(acc[i][n + 1], a[i], b[2], b[3]);
+            }
         }
     }
     MARK(17);
@@ -165,17 +168,17 @@ __device__ __forceinline__ void attend(
     // go to all of them.
     u8* const outgoing = parcels + P_SEEN + (size_t)((at.tile * PARTS + warp) * PARTS + at.part) * 2048 + lane * 8;
 #pragma unroll
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < HALVES; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int row = i * 16 + half * 8 + g;
+            const int row = (row_half + i) * 16 + half * 8 + g;
             float total = 0.0f;
 #pragma unroll
             for (int w = 0; w < 8; w++) total += m.sum[w][row];
             const float inverse = total > 0.0f ? 1.0f / total : total;  // 0 where there were no keys, NaN where one was
 #pragma unroll
             for (int n = 0; n < DIMS / 8; n += 2)
-                post2(outgoing + ((i * 2 + half) * 2 + n / 2) * 256,
+                post2(outgoing + (((row_half + i) * 2 + half) * 2 + n / 2) * 256,
                       pack_bf16(acc[i][n][half * 2] * inverse, acc[i][n][half * 2 + 1] * inverse),
                       pack_bf16(acc[i][n + 1][half * 2] * inverse, acc[i][n + 1][half * 2 + 1] * inverse));
             if (warp == 0 && t == 0) {
@@ -184,6 +187,7 @@ __device__ __forceinline__ void attend(
                 post2(next + box, EMPTY, EMPTY);
             }
         }
+    if (at.warp >= 8) return;
     // the owner: this warp's rows are those of quarter warp / 2, its dims two tiles of eight
     static_assert(DIMS == 32, "a warp's quarter");
     const int quarter = warp / 2, r = quarter / 2 * 16 + quarter % 2 * 8 + g, row = first_row + r;

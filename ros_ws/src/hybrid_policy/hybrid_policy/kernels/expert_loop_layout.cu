@@ -4,22 +4,23 @@
 // as its last word is there. The residual stream never leaves the registers of the blocks that own it.
 //
 // Rows of W and parts of K:    rows               K
-//   QKV (norm, RoPE)           64 a pair          halves by block of the pair, halves again by warpgroup
-//   output (+ residual)        64 a tile          eighths by part, halves again by warpgroup
-//   gate/up (norm, GeGLU)      128 a pair         halves by block; a warpgroup has 64 of the rows
-//   down (+ residual)          64 a tile          eighths by part, halves again by warpgroup
+//   QKV (norm, RoPE)           64 a pair          halves by block of the pair, then by warpgroup
+//   output (+ residual)        64 a tile          eighths by part, then by warpgroup
+//   gate/up (norm, GeGLU)      128 a pair         halves by block; even warpgroups have the first 64 rows, odd ones the
+//                                                 others; of four, the first two have half of K, the last two the rest
+//   down (+ residual)          64 a tile          eighths by part, then by warpgroup
 // Attention: 32 rows (token, head) a tile, keys by part. Partial sums meet in the block that owns their tokens: within
 // a pair (a cluster of two) through distributed shared memory, else as parcels. Clusters of eight would spare those, but
 // an H100 holds 15 of them, not 16: its processors are not spread evenly.
 //
-// Macros: TOKENS; MT (56 or 64); KEYS (of a block, at most; a multiple of 16); FORMAT_QKV,
+// Macros: GROUPS (warpgroups, 2 or 4); TOKENS; MT (56 or 64); KEYS (of a block, at most; a multiple of 16); FORMAT_QKV,
 // FORMAT_O, FORMAT_GATE_UP, FORMAT_DOWN; SLOTS of the ring; PDL; TRACE; BACKOFF (nanoseconds between polls); FENCED.
 
 enum Stage { QKV, OUT, GATE_UP, DOWN };
 constexpr int TILES = 16, PARTS = 8;
 constexpr int WIDTH = 1024, FEATURES = 4096, HEADS = 8, HEAD_DIM = 256, HALF = HEAD_DIM / 2;
 constexpr int QKV_ROWS = (HEADS + 2) * HEAD_DIM, QKV_PAIRS = QKV_ROWS / 64;
-constexpr int LOW_TILES = (NT + 1) / 2;  // token tiles of a pair's first block, and of a block's first warpgroup
+constexpr int LOW_TILES = (NT + 1) / 2;  // token tiles of a pair's first block
 constexpr int QUERIES = 32;              // rows of attention of a tile
 
 // floats of a layer in row_scale, and in vectors
@@ -39,24 +40,26 @@ constexpr int P_OUT = 0, P_DOWN = P_OUT + TILES * NT * PARTS * 2048, P_SEEN = P_
 // [tile, owner, part] of attention: TILES * PARTS * PARTS * 2048 more
 
 // shared memory: activations (or keys), partial sums (or values), queries, probabilities, rings
-constexpr int PITCH = HEAD_DIM * 2 + 16, P_PITCH = KEYS * 2 + 16, SCRATCH = NT * 4 * 512;
-constexpr int SUMS = 32768;  // bytes of partial sums that a block of a pair may receive; SCRATCH: of a warpgroup's
+constexpr int PITCH = HEAD_DIM * 2 + 16, P_PITCH = KEYS * 2 + 16;
+constexpr int SUMS = GROUPS * 16384;  // bytes of partial sums: of a pair, or of the warpgroups of a block
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int round_up(int a, int to) { return (a + to - 1) / to * to; }
 constexpr int A_X = 0, A_SUMS = round_up(larger(MT * 1024, KEYS * PITCH), 1024);
-constexpr int A_Q = A_SUMS + larger(SUMS + SCRATCH, round_up(KEYS * PITCH, 128)), A_P = A_Q + QUERIES * PITCH;
+constexpr int A_Q = A_SUMS + larger(SUMS, round_up(KEYS * PITCH, 128)), A_P = A_Q + QUERIES * PITCH;
 constexpr int A_RINGS = round_up(A_P + QUERIES * P_PITCH, 128), SHARED = A_RINGS + SLOTS * SLOT;
-static_assert(KEYS % 16 == 0 && KEYS <= 128 && SHARED <= 232448 - 5120, "shared memory");
+static_assert(KEYS % 16 == 0 && KEYS <= 128 && SHARED <= 232448 - 6144, "shared memory");
 
-constexpr int N_QKV = 16 / Piece<FORMAT_QKV>::STEPS, N_O = 8 / Piece<FORMAT_O>::STEPS;
-constexpr int N_GATE_UP = 32 / Piece<FORMAT_GATE_UP>::STEPS, N_DOWN = 16 / Piece<FORMAT_DOWN>::STEPS;
+// pieces of a stage; the k steps of a warp are 32, 16, 64 and 32 over GROUPS
+constexpr int N_QKV = 32 / GROUPS / Piece<FORMAT_QKV>::STEPS, N_O = 16 / GROUPS / Piece<FORMAT_O>::STEPS;
+constexpr int N_GATE_UP = 64 / GROUPS / Piece<FORMAT_GATE_UP>::STEPS, N_DOWN = 32 / GROUPS / Piece<FORMAT_DOWN>::STEPS;
+static_assert(N_QKV && N_O && N_GATE_UP && N_DOWN, "whole pieces");
 
-__device__ __forceinline__ int Ring::layer_pieces() const { return qkv_pieces + N_O + N_GATE_UP + N_DOWN; }
+__device__ __forceinline__ int Ring::layer_pieces() const { return (projects ? N_QKV : 0) + N_O + N_GATE_UP + N_DOWN; }
 __device__ __forceinline__ int Ring::bytes() const {
-    const int place = position - qkv_pieces;
-    if (place < 0) return 8 * Piece<FORMAT_QKV>::BYTES;
-    if (place < N_O) return 8 * Piece<FORMAT_O>::BYTES;
-    return 8 * (place < N_O + N_GATE_UP ? Piece<FORMAT_GATE_UP>::BYTES : Piece<FORMAT_DOWN>::BYTES);
+    const int place = position - (projects ? N_QKV : 0);
+    if (place < 0) return WARPS * Piece<FORMAT_QKV>::BYTES;
+    if (place < N_O) return WARPS * Piece<FORMAT_O>::BYTES;
+    return WARPS * (place < N_O + N_GATE_UP ? Piece<FORMAT_GATE_UP>::BYTES : Piece<FORMAT_DOWN>::BYTES);
 }
 
 struct Arguments {
@@ -80,6 +83,20 @@ struct Place {  // who this thread is
     int tid, lane, warp, group, tile, part, pair;
     int g, t;
     bool odd;
+    // Read anew at every stage (volatile): else the compiler works out every address of every stage before the loop, and
+    // spills them all.
+    __device__ __forceinline__ Place() {
+        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
+        lane = tid % 32, warp = tid / 32, group = warp / 4;
+        tile = blockIdx.x / PARTS, part = blockIdx.x % PARTS, pair = blockIdx.x / 2;
+        g = lane / 4, t = lane % 4, odd = g % 2;
+    }
+};
+
+struct OwnPlace {  // of the residual stream, for a thread of the first warpgroup: a token, and the first of four columns
+    int token, column;
+    __device__ __forceinline__ explicit OwnPlace(const Place& at)
+        : token(at.part * 8 + 2 * at.t + at.odd), column(at.tile * 64 + at.warp % 4 * 16 + at.g / 2 * 4) {}
 };
 
 __device__ __forceinline__ float4 float4_at(const float* from) { return *reinterpret_cast<const float4*>(from); }
@@ -94,15 +111,14 @@ __device__ __forceinline__ float4 float4_at(const float* from) { return *reinter
 // each thread of a warpgroup has four columns of one token.
 __device__ __forceinline__ void post_stream(
     const Place& at, const float4& h, const float4& factor, u8* mail, u8* next, int input, int squares, float (*sums)[8]) {
-    const int own = 2 * at.t + at.odd, token = at.part * 8 + own;
-    const int column = at.tile * 64 + at.warp * 16 + at.g / 2 * 4;
-    const int place = input + (token * WIDTH + column) * 2;
+    const OwnPlace own(at);
+    const int token = own.token, place = input + (token * WIDTH + own.column) * 2;
     if (token < TOKENS)
         post2(mail + place, pack_bf16(h.x * factor.x, h.y * factor.y), pack_bf16(h.z * factor.z, h.w * factor.w));
     float sum = h.x * h.x + h.y * h.y + h.z * h.z + h.w * h.w;
     sum += __shfl_xor_sync(0xffffffffu, sum, 8);
     sum += __shfl_xor_sync(0xffffffffu, sum, 16);
-    if (at.g < 2) sums[at.warp][own] = sum;
+    if (at.g < 2) sums[at.warp][token % 8] = sum;
     group_barrier(0);
     if (at.tid < 8 && at.part * 8 + at.tid < TOKENS) {
         const int box = squares + (at.tile * MT + at.part * 8 + at.tid) * 4;
@@ -112,18 +128,18 @@ __device__ __forceinline__ void post_stream(
     if (token < TOKENS) post2(next + place, EMPTY, EMPTY);
 }
 
-// A quarter of the sums of squares of token tid % 64: asked for early, checked late
+// A quarter of the sums of squares of token tid % 64, asked for while the partial sums travel
 struct Squares {
     u32 v[4];
     __device__ __forceinline__ void ask(const Place& at, const u8* from) {
         const int token = at.tid % 64, first = at.tid / 64 * 4;
-        if (token >= TOKENS) return;
+        if (token >= TOKENS || first >= TILES) return;
 #pragma unroll
         for (int i = 0; i < 4; i++) v[i] = peek(from + ((first + i) * MT + token) * 4);
     }
     __device__ __forceinline__ void keep(const Place& at, const u8* from, float (*roots)[MT]) {
         const int token = at.tid % 64, first = at.tid / 64 * 4;
-        if (token >= TOKENS) return;
+        if (token >= TOKENS || first >= TILES) return;
         float sum = 0.0f;
 #pragma unroll
         for (int i = 0; i < 4; i++) sum += await_float(from + ((first + i) * MT + token) * 4, v[i]);
@@ -150,45 +166,41 @@ __device__ __forceinline__ void push_to_pair(const Place& at, const float* d, u3
     }
 }
 
-// The two warpgroups' sums of token tiles FROM .. TO of one of them, to their owners. ``scratch`` holds the other's.
-template <int FROM, int TO>
-__device__ __forceinline__ void post_tiles(const Place& at, const float* d, u32 scratch, u8* box) {
-#pragma unroll
-    for (int n = FROM; n < TO; n++) {
-        const float4 v = load_shared_float4(scratch + ((n * 4 + at.warp % 4) * 32 + at.lane) * 16);
-        const float* mine = d + 4 * n;
-        post4(box + ((size_t)(n * PARTS * 4 + at.warp % 4) * 32 + at.lane) * 16,
-              make_uint4(__float_as_uint(mine[0] + v.x), __float_as_uint(mine[1] + v.y), __float_as_uint(mine[2] + v.z), __float_as_uint(mine[3] + v.w)));
-    }
-}
-
-template <int FROM, int TO>
-__device__ __forceinline__ void leave_tiles(const Place& at, const float* d, u32 scratch) {
-#pragma unroll
-    for (int n = FROM; n < TO; n++) {
-        const float* mine = d + 4 * n;
-        store_shared4(scratch + ((n * 4 + at.warp % 4) * 32 + at.lane) * 16,
-                      make_uint4(__float_as_uint(mine[0]), __float_as_uint(mine[1]), __float_as_uint(mine[2]), __float_as_uint(mine[3])));
-    }
-}
-
-// Token tile n's partial sums go to part n of the tile; every thread of the block passes here (__syncthreads)
+// Token tile n's partial sums go to part n of the tile. One warpgroup adds those of all, in their order, and posts:
+// TILES_EACH token tiles each. Every thread of the block passes here (__syncthreads).
 __device__ __forceinline__ void post_to_owners(const Place& at, const float* d, u32 scratch, u8* parcels) {
-    u8* const box = parcels + (size_t)(at.tile * NT * PARTS + at.part) * 2048;
-    if (at.group == 0) leave_tiles<LOW_TILES, NT>(at, d, scratch); else leave_tiles<0, LOW_TILES>(at, d, scratch);
+    constexpr int TILES_EACH = (NT + GROUPS - 1) / GROUPS;
+    const u32 own = scratch + ((at.group * NT * 4 + at.warp % 4) * 32 + at.lane) * 16;
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+        if (n / TILES_EACH != at.group) {
+            const float* v = d + 4 * n;
+            store_shared4(own + n * 2048, make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])));
+        }
     __syncthreads();
-    if (at.group == 0) post_tiles<0, LOW_TILES>(at, d, scratch, box); else post_tiles<LOW_TILES, NT>(at, d, scratch, box);
+    u8* const box = parcels + (size_t)(at.tile * NT * PARTS + at.part) * 2048 + (at.warp % 4 * 32 + at.lane) * 16;
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        if (n / TILES_EACH != at.group) continue;
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (int from = 0; from < GROUPS; from++) {
+            float4 v = make_float4(d[4 * n], d[4 * n + 1], d[4 * n + 2], d[4 * n + 3]);
+            if (from != at.group) v = load_shared_float4(scratch + (((from * NT + n) * 4 + at.warp % 4) * 32 + at.lane) * 16);
+            sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+        }
+        post4(box + (size_t)n * PARTS * 2048, make_uint4(__float_as_uint(sum.x), __float_as_uint(sum.y), __float_as_uint(sum.z), __float_as_uint(sum.w)));
+    }
 }
 
 // What post_to_owners sent to this block, added in the order of the parts; by a warpgroup
 __device__ __forceinline__ float4 sum_of_parts(const Place& at, u8* parcels) {
     u8* const box = parcels + ((size_t)(at.tile * NT + at.part) * PARTS * 4 + at.warp % 4) * 512 + at.lane * 16;
-    uint4 v[PARTS];
+    uint4 v[PARTS] = {};
     u32 pending = (1u << PARTS) - 1;
     for (u32 tries = 0; pending; tries++) {
 #pragma unroll
-        for (int i = 0; i < PARTS; i++)
-            if (pending >> i & 1) v[i] = peek4(box + i * 2048);
+        for (int i = 0; i < PARTS; i++) peek4_if(v[i], box + i * 2048, pending & 1u << i);
 #pragma unroll
         for (int i = 0; i < PARTS; i++)
             if ((pending >> i & 1) && complete(v[i])) pending &= ~(1u << i);

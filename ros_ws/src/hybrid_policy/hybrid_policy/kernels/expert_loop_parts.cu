@@ -5,6 +5,7 @@
 #define HAS_FORMAT(f) (FORMAT_QKV == f || FORMAT_O == f || FORMAT_GATE_UP == f || FORMAT_DOWN == f)
 
 constexpr int NT = MT / 8;             // token tiles of a product
+constexpr int WARPS = 4 * GROUPS, WORKERS = 32 * WARPS;
 constexpr u32 EMPTY = 0xffffffffu;     // a word of mail that nobody has written: no product, no NaN of the hardware's has it
 constexpr u32 PATIENCE = 1u << 23;     // polls before a wait is called a hang (seconds)
 
@@ -37,36 +38,33 @@ __device__ __forceinline__ void wait_bytes(u32 barrier, u32 parity) {
     }
 }
 
-// ---- weights: one bulk copy brings the next piece of all eight warps, in the order of their use, as soon as the last of
-// them has read what was there. (A copy a warp costs eight times the issue, some 50 cycles each, one after the other.)
+// ---- weights: one bulk copy brings the next piece of all warps, in the order of their use, as soon as the last of
+// them has read what was there. (A copy a warp costs as many times the issue, some 50 cycles each, one after the other.)
 
-template <int FORMAT> struct Piece {  // a warp's share of one bulk copy: four times a lane's 16 bytes
+template <int FORMAT> struct Piece {  // a warp's share of one bulk copy
+    static constexpr int SIXTEENS = 8 / GROUPS;  // of each lane, bytes
     static constexpr int PER16 = FORMAT == 0 ? 1 : FORMAT == 1 ? 2 : 4;  // k steps of 16 in them
-    static constexpr int STEPS = 4 * PER16;
-    static constexpr int BYTES = FORMAT == 2 ? 2560 : 2048;  // NVFP4: 4 x 512 of codes, 4 x 128 of scales
+    static constexpr int STEPS = SIXTEENS * PER16;
+    static constexpr int BYTES = SIXTEENS * (FORMAT == 2 ? 640 : 512);  // NVFP4: 512 of codes, then 128 of scales, each
 };
-constexpr int SLOT = 8 * (HAS_FORMAT(2) ? 2560 : 2048);
+constexpr int SLOT = 32 * (HAS_FORMAT(2) ? 640 : 512);
 
 struct Ring {
-    u32 data, barriers, counts;   // slots; a barrier, and how often a warp has read it, of each
+    u32 data, barriers;           // slots; a barrier of each, and behind those how often a warp has read it
     const u8* next = nullptr;     // the piece SLOTS ahead of the one to be used
     int left = 0, position = 0;   // how many pieces are still to be asked for; place of ``next`` in its layer
     int slot = 0;                 // of the piece to be used
     u32 parity = 0;
-    int qkv_pieces = 0;
-    // what this lane asks for if it was the last to read: decided one piece later, when the count is there
-    const u8* late = nullptr;
-    int late_slot = 0, late_bytes = 0;
-    u32 ticket = 0;
+    bool projects = false;
 
     __device__ __forceinline__ int bytes() const;         // of ``next``; in expert_loop_layout.cu
     __device__ __forceinline__ int layer_pieces() const;
 
-    __device__ __forceinline__ void ask(const u8* from, int into, int size, u64 policy) const {
+    __device__ __forceinline__ void ask(int into, int size, u64 policy) const {
         const u32 barrier = barriers + into * 8;
         expect_bytes(barrier, size);
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-                     ::"r"(data + into * SLOT), "l"(from), "r"(size), "r"(barrier), "l"(policy) : "memory");
+                     ::"r"(data + into * SLOT), "l"(next), "r"(size), "r"(barrier), "l"(policy) : "memory");
     }
     __device__ __forceinline__ void advance(int size) {
         next += size, left--;
@@ -75,7 +73,7 @@ struct Ring {
     __device__ __forceinline__ void fill(u64 policy) {  // the first SLOTS pieces; by one thread, all others advance
         for (int i = 0; i < SLOTS; i++) {
             const int size = bytes();
-            if (threadIdx.x == 0) ask(next, i, size, policy);
+            if (threadIdx.x == 0) ask(i, size, policy);
             advance(size);
         }
     }
@@ -83,18 +81,18 @@ struct Ring {
         wait_bytes(barriers + slot * 8, parity);
         return data + slot * SLOT;
     }
-    __device__ __forceinline__ void ask_late(u64 policy) {
-        if ((ticket & 7) == 7) ask(late, late_slot, late_bytes, policy);
-        ticket = 0;
-    }
-    __device__ __forceinline__ void used(int lane, u64 policy) {
+    // A warp has read the piece: which one was it? Asked early,
+    __device__ __forceinline__ u32 read(int lane) const {
         __syncwarp();
+        u32 ticket = 0;
+        if (lane == 0)
+            asm volatile("atom.relaxed.cta.shared::cta.add.u32 %0, [%1], 1;" : "=r"(ticket) : "r"(barriers + SLOTS * 8 + slot * 4) : "memory");
+        return ticket;
+    }
+    // answered late: the last of all warps asks for what comes SLOTS later.
+    __device__ __forceinline__ void used(u32 ticket, int lane, u64 policy) {
         const int size = bytes();
-        if (lane == 0 && left > 0) {
-            ask_late(policy);
-            late = next, late_slot = slot, late_bytes = size;
-            asm volatile("atom.relaxed.cta.shared::cta.add.u32 %0, [%1], 1;" : "=r"(ticket) : "r"(counts + slot * 4) : "memory");
-        }
+        if (lane == 0 && left > 0 && (ticket & (WARPS - 1)) == WARPS - 1) ask(slot, size, policy);
         advance(size);
         if (++slot == SLOTS) slot = 0, parity ^= 1;
     }
@@ -126,6 +124,12 @@ __device__ __forceinline__ uint4 peek4(const void* from) {
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
     return v;
+}
+
+// the same where ``use``, else v as it is: one instruction, no copies
+__device__ __forceinline__ void peek4_if(uint4& v, const void* from, u32 use) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(from), "r"(use) : "memory");
 }
 
 __device__ __forceinline__ u32 peek(const void* from) {
@@ -174,16 +178,16 @@ __device__ __forceinline__ uint2 await2(const void* from, uint2 v) {
 
 // ---- activations: 2^shift pieces (of 8 columns) of each token from mail to shared memory as wgmma's B operand (K-major,
 // 128-byte swizzle): [block of 64 columns][token, 128 bytes, its eight 16-byte pieces XOR token % 8]. By a warpgroup, t is
-// one's place in it. shift is 4 or 5; stride: bytes from token to token. Rows behind TOKENS keep what was there: what
+// one's place in it. shift is 3 to 5; stride: bytes from token to token. Rows behind TOKENS keep what was there: what
 // becomes of them stays in their own columns, and nobody looks.
 
 __device__ __forceinline__ void take_tokens(u32 to, const u8* from, int t, int shift, int stride) {
-    constexpr int TURNS = MT / 4;
+    constexpr int TURNS = MT / (2 * GROUPS);
     const int piece = t & ((1 << shift) - 1), first = t >> shift, rows = 128 >> shift;
     const u8* const at = from + first * stride + piece * 16;
     const int step = rows * stride;
     u32 pending = (1u << ((TOKENS - first + rows - 1) >> (7 - shift))) - 1;
-    uint4 v[TURNS];
+    uint4 v[TURNS] = {};
     for (u32 tries = 0;; tries++) {  // nobody reads everything again and again: one word first
         v[0] = peek4(at);
         if (complete(v[0])) break;
@@ -194,7 +198,7 @@ __device__ __forceinline__ void take_tokens(u32 to, const u8* from, int t, int s
     for (u32 tries = 0; pending; tries++) {
 #pragma unroll
         for (int j = 1; j < TURNS; j++)
-            if (pending >> j & 1) v[j] = peek4(at + j * step);
+            peek4_if(v[j], at + (size_t)(j * step), pending & 1u << j);
 #pragma unroll
         for (int j = 1; j < TURNS; j++)
             if ((pending >> j & 1) && complete(v[j])) pending &= ~(1u << j);
@@ -264,23 +268,25 @@ __device__ __forceinline__ void operand_of(u32 (&a)[4], const uint4& w, int step
 // to piece: else the compiler moves the sums elsewhere behind the loop before they are there.
 template <int FORMAT>
 __device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, u32 x, int pieces, int warp, int lane, u64 policy) {
-    constexpr int STEPS = Piece<FORMAT>::STEPS, BATCH = Piece<FORMAT>::PER16;
+    constexpr int STEPS = Piece<FORMAT>::STEPS, BATCH = Piece<FORMAT>::PER16, SIXTEENS = Piece<FORMAT>::SIXTEENS;
     // K-major, 128-byte swizzle, 1024 bytes from eight tokens to the next eight
-    u64 b = ((u64)x >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+    const u64 b = ((u64)x >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 #pragma unroll
-    for (int i = 0; i < 4 * NT; i++) d[i] = 0.0f;
+    for (int i = 0; i < 4 * NT; i++) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i]));  // here, not long before
 #pragma unroll 1
-    for (int piece = 0; piece < pieces; piece++, b += STEPS / 4 * (MT * 8)) {
+    for (int piece = 0; piece < pieces; piece++) {
         const u32 from = ring.arrived() + warp * Piece<FORMAT>::BYTES;
-        uint4 w[4], s[4];
+        uint4 w[SIXTEENS], s[SIXTEENS];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < SIXTEENS; i++) {
             w[i] = load_shared4(from + i * 512 + lane * 16);
-            if constexpr (FORMAT == 2) s[i] = load_shared4(from + 2048 + i * 128 + lane / 4 * 16);
+            if constexpr (FORMAT == 2) s[i] = load_shared4(from + SIXTEENS * 512 + i * 128 + lane / 4 * 16);
         }
-        ring.used(lane, policy);
+        const u32 ticket = ring.read(lane);
+        // blocks of four k steps; a piece of two (bf16, four groups) is half of one
+        const u64 here = b + (STEPS >= 4 ? piece * (STEPS / 4) * (MT * 8) : piece / 2 * (MT * 8) + piece % 2 * 4);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < SIXTEENS; i++) {
             u32 a[BATCH][4];
 #pragma unroll
             for (int k = 0; k < BATCH; k++) {
@@ -292,14 +298,14 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, u32 x, i
 #pragma unroll
             for (int k = 0; k < BATCH; k++) {
                 const int step = i * BATCH + k;
-                warpgroup_mma(d, a[k], b + (u64)((step / 4 * (MT * 128) + step % 4 * 32) >> 4));
+                warpgroup_mma(d, a[k], here + (u64)((step / 4 * (MT * 128) + step % 4 * 32) >> 4));
             }
             wgmma_commit();
-            if (i >= 1 && i < 3) wgmma_wait<1>();  // the registers of the batch before are free
+            if (i >= 1 && i + 1 < SIXTEENS) wgmma_wait<1>();  // the registers of the batch before are free
         }
+        ring.used(ticket, lane, policy);
         wgmma_wait<0>();
     }
-    if (lane == 0) ring.ask_late(policy);
 }
 
 // ---- partial sums: 16 bytes of one lane's accumulator to a block of the cluster, counted by its barrier

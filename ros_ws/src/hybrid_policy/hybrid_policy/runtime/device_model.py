@@ -165,15 +165,20 @@ class DeviceModel:
         """Noise to actions in ``x``: all flow steps."""
         fused = self.table.expert != "split"
         step = self._glue["flow_step"]
-        h = self.suffix_h if fused else self.suffix_x
+        loop = self.weights.loop
+        h = self.suffix_h if fused and loop is None else self.suffix_x
         n = self.config.num_steps
+        if loop is not None:
+            loop.start()
         self.x.copy_(inputs.noise)
         common = (self.weights.flow, inputs.guide)
         step(h, self.x, h, *common, 0.0, 0.0, 0.0, first=True)
         modulations = self.weights.modulations
         for k, (t, strength) in enumerate(zip(self._times, self._strengths, strict=True)):
             if fused:
-                if self.table.expert == "cluster":
+                if loop is not None:
+                    loop(h, k, self.keys, self.values, inputs.valid, self.tables)
+                elif self.table.expert == "cluster":
                     self._cluster_step(k, inputs)
                 else:
                     self._fused_step(k, inputs)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_policy.kernels import expert as expert_kernels
+from hybrid_policy.kernels.expert_loop import ExpertLoop
 from hybrid_policy.kernels.flow_step import FlowWeights
 from hybrid_policy.kernels.fp8 import FP8Tensor
 from hybrid_policy.kernels.gate_up import PackedGateUp, prepare_gate_up
@@ -121,6 +122,8 @@ class DeviceWeights:
     expert: list[GemmaLayer]
     fused: list[FusedLayer]
     cluster: list[ClusterLayer]
+    #: all layers in one launch, where the stages say so
+    loop: ExpertLoop | None
     modulations: Modulations
     flow: FlowWeights
     routes: dict[str, str] = field(default_factory=dict)
@@ -144,8 +147,8 @@ def build_weights(
         source: parameter name -> tensor, on the device.
         precisions: site -> precision.
         dtype: of activations: bfloat16 on a GPU, float32 where the plain stages run on a CPU.
-        expert: ``cluster``, ``fused`` or ``split``: which launches the action expert is packed for.
-        pdl: the cluster launches may start before their predecessor ends.
+        expert: ``loop``, ``cluster``, ``fused`` or ``split``: which launches the action expert is packed for.
+        pdl: the expert's launches may start before their predecessor ends.
         packed: sites that the checkpoint brings quantised.
     """
     packer = _Packer(source, precisions, packed or {}, dtype, report)
@@ -163,8 +166,11 @@ def build_weights(
     split: list[GemmaLayer] = []
     fused: list[FusedLayer] = []
     cluster: list[ClusterLayer] = []
+    loop = _expert_loop(packer, config, modulations, pdl) if expert == "loop" else None
     for i in range(config.expert.depth):
         stem = f"{EXPERT}layers.{i}."
+        if expert == "loop":
+            break
         if expert == "cluster":
             cluster.append(_cluster_layer(packer, stem, config, modulations, i, pdl))
         elif expert == "fused":
@@ -184,6 +190,7 @@ def build_weights(
         expert=split,
         fused=fused,
         cluster=cluster,
+        loop=loop,
         modulations=modulations,
         flow=FlowWeights(
             out_weight=source("action_out_proj.weight").float().contiguous(),
@@ -357,6 +364,34 @@ def _cluster_layer(
         product.forget_source()
         packer.note(f"expert.{name}", product.route)
     return layer
+
+
+def _expert_loop(packer: _Packer, config: Pi05Config, modulations: Modulations, pdl: bool) -> ExpertLoop:
+    gemma = config.expert
+    capacity = len(config.cameras) * config.image_tokens + config.max_token_len + config.horizon
+    loop: ExpertLoop | None = None
+    for i in range(gemma.depth):
+        attention, mlp = f"{EXPERT}layers.{i}.self_attn.", f"{EXPERT}layers.{i}.mlp."
+        stages = {
+            "qkv": packer.many(*(attention + leaf for leaf in ("q_proj", "k_proj", "v_proj"))),
+            "o": packer.many(attention + "o_proj"),
+            "gate_up": packer.many(mlp + "gate_proj", mlp + "up_proj"),
+            "down": packer.many(mlp + "down_proj"),
+        }
+        if loop is None:
+            formats = {name: expert_kernels.format_of(weights[0]) for name, weights in stages.items()}
+            device = modulations.scale.device
+            loop = ExpertLoop(gemma.depth, config.num_steps, config.horizon, capacity, formats, device, pdl=pdl)
+        scales, shifts, gates = (
+            (table[2 * i, :, 0], table[2 * i + 1, :, 0])
+            for table in (modulations.scale, modulations.shift, modulations.gate)
+        )
+        for name, weights in stages.items():
+            loop.pack(i, name, weights, {"qkv": shifts[0], "gate_up": shifts[1]}.get(name))
+        loop.modulate(i, scales, gates)
+    assert loop is not None
+    packer.note("expert", loop.route)
+    return loop
 
 
 def _modulations(config: Pi05Config, source: Source) -> Modulations:

@@ -12,7 +12,7 @@ from torch import nn
 
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import expert as expert_kernels
-from hybrid_policy.kernels import fp8_product, prefix_attention, vision_attention
+from hybrid_policy.kernels import expert_loop, fp8_product, prefix_attention, vision_attention
 from hybrid_policy.models.checkpoint import Checkpoint
 from hybrid_policy.models.config import Pi05Config
 from hybrid_policy.models.pi05 import EXPERT, keeps_float32
@@ -184,8 +184,9 @@ def choose_table(
 ) -> StageTable:
     """The stages' implementations.
 
-    wgmma's prefix attention on Hopper, else Triton's; the cluster kernels where device, shapes, precisions and cache
-    allow them, else Triton's fused kernels; split stages where real-time chunking needs a modulation a row.
+    wgmma's prefix attention on Hopper, else Triton's. For the expert: one launch a flow step on Hopper, else the cluster
+    kernels, where device, shapes, precisions and cache allow them, else Triton's fused kernels; split stages where
+    real-time chunking needs a modulation a row.
 
     The variable HYBRID_POLICY_STAGES overrides single stages (see `stages.parse_table`), for comparisons.
     """
@@ -204,7 +205,7 @@ def choose_table(
         table = dataclasses.replace(table, vision_product="library")
     if rtc.mode == "prefix":
         return dataclasses.replace(table, expert="split")
-    if table.expert != "cluster" or "expert=" in text:
+    if table.expert != "loop" or "expert=" in text:
         return table
     gemma = config.expert
     stem = EXPERT + "layers.0."
@@ -215,15 +216,13 @@ def choose_table(
         "down": precisions[stem + "mlp.down_proj"],
     }
     known = {"bf16": "bf16", "fp8_w8a8": "e4m3", "nvfp4_w4a16": "nvfp4"}
-    served = recipe.prefix_cache == "bf16" and all(p in known for p in formats.values())
-    if served and expert_kernels.fits_device(
-        device,
-        config.horizon,
-        gemma.width,
-        gemma.mlp_dim,
-        (gemma.heads, gemma.kv_heads, gemma.head_dim),
-        {name: known[p] for name, p in formats.items()},
-    ):
-        return table
+    if recipe.prefix_cache == "bf16" and all(p in known for p in formats.values()):
+        stored = {name: known[p] for name, p in formats.items()}
+        heads = (gemma.heads, gemma.kv_heads, gemma.head_dim)
+        rows = len(config.cameras) * config.image_tokens + config.max_token_len + config.horizon
+        if expert_loop.fits_device(device, config.horizon, rows, gemma.width, gemma.mlp_dim, heads, stored):
+            return table
+        if expert_kernels.fits_device(device, config.horizon, gemma.width, gemma.mlp_dim, heads, stored):
+            return dataclasses.replace(table, expert="cluster")
     # a tile of the fused QKV lies within one head
     return dataclasses.replace(table, expert="fused" if gemma.head_dim % 16 == 0 else "split")

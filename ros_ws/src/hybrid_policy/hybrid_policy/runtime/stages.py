@@ -29,7 +29,7 @@ GLUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 STAGES = (*GLUE, "attention", "prefix_attention", "vision_product", "expert")
 #: what the stages that are no glue may be
 _CHOICES = {
-    "expert": ("cluster", "fused", "split"),
+    "expert": ("loop", "cluster", "fused", "split"),
     "prefix_attention": ("hopper", "kernel", "reference"),
     "vision_product": ("hopper", "library"),
     "pdl": ("on", "off"),
@@ -38,8 +38,8 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class StageTable:
-    """stage -> implementation. ``expert`` is ``cluster`` (kernels/expert.py), ``fused`` (Triton) or
-    ``split`` (norm, GEMM, glue). ``prefix_attention`` is ``hopper`` (kernels/prefix_attention.py), or as ``attention``.
+    """stage -> implementation. ``expert`` is ``loop`` (kernels/expert_loop.py), ``cluster`` (kernels/expert.py), ``fused``
+    (Triton) or ``split`` (norm, GEMM, glue). ``prefix_attention`` is ``hopper`` (kernels/prefix_attention.py), or as ``attention``.
     ``vision_product``: vision's FP8 products by ``hopper`` (kernels/fp8_product.py) or the library.
 
     pdl: kernels may start before their predecessor ends (programmatic dependent launch).
@@ -57,7 +57,7 @@ class StageTable:
     attention: Implementation = "kernel"
     prefix_attention: Literal["hopper", "kernel", "reference"] = "hopper"
     vision_product: Literal["hopper", "library"] = "hopper"
-    expert: Literal["cluster", "fused", "split"] = "cluster"
+    expert: Literal["loop", "cluster", "fused", "split"] = "loop"
     pdl: bool = True
 
     def glue(self, stage: str) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def test_tables_by_text():
-    assert parse_table("").expert == "cluster"
+    assert parse_table("").expert == "loop"
     assert parse_table("plain") == plain_table()
     table = parse_table("expert=fused,add_norm=reference,pdl=off")
     assert (table.expert, table.add_norm, table.pdl) == ("fused", "reference", False)

@@ -1,0 +1,202 @@
+"""The loop kernel: packing on any machine, machine code where nvcc is, results where a Hopper GPU is."""
+
+import math
+import shutil
+import subprocess
+
+import pytest
+import torch
+from hybrid_policy.errors import InputError
+from hybrid_policy.kernels import expert, expert_loop, fp8, nvfp4
+from hybrid_policy.kernels.expert_reference import ReferenceLayer, layer_reference
+from hybrid_policy.kernels.qkv import rope_tables
+
+H100_LIMIT = 232448  # bytes of shared memory a block
+HYBRID = {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "e4m3"}
+SEED = HYBRID | {"qkv": "bf16", "o": "bf16"}
+BF16 = dict.fromkeys(expert_loop.STAGES, "bf16")
+hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not hopper, reason="needs a Hopper GPU (compute capability 9.0)")]
+
+
+def as_bf16(bits):
+    return torch.tensor([bits & 0xFFFF], dtype=torch.int32).to(torch.int16).view(torch.bfloat16).double().item()
+
+
+def operand(fmt, words, scale_word, k8, r8, e):
+    """Element (k8, r8, e) of one k step as expert_loop_parts.cu's operand_of makes it, without the power of two."""
+    half = 16 * e
+    if fmt == "bf16":
+        return as_bf16(words[2 * k8 + r8] >> half)
+    if fmt == "e4m3":
+        word = words[k8]
+        first, second = word & 0x87F087F0, (word << 4) & 0x80F080F0 | (word >> 4) & 0x07000700
+        return as_bf16((second if r8 else first) >> half) * 2.0**120
+    word, mask = words[0], 0x81C081C0
+    pairs = word & mask, (word << 3 ^ word << 2) & mask, word << 6 & mask, (word << 1 ^ word >> 4) & mask
+    return as_bf16(pairs[2 * k8 + r8] >> half) * 2.0**126 * as_bf16(scale_word >> 16 * r8) * 2.0**-119
+
+
+@pytest.mark.parametrize("fmt", expert_loop.SIXTEEN)
+@pytest.mark.parametrize("sixteens", [2, 4])
+def test_pieces_hold_every_weight(fmt, sixteens):
+    """Walk every element by the module's description; read it as the kernel does."""
+    torch.manual_seed(0)
+    n, k = 32, 256
+    scales = None
+    if fmt == "nvfp4":
+        values, scales = torch.randint(0, 16, (n, k), dtype=torch.uint8), torch.rand(n, k // 16).to(torch.float8_e4m3fn)
+        expected = nvfp4.decode_e2m1(values).double() * scales.double().repeat_interleave(16, -1)
+    else:
+        values = torch.randn(n, k).to(torch.bfloat16 if fmt == "bf16" else torch.float8_e4m3fn)
+        expected = values.double()
+    cut = expert_loop.pieces(fmt, values, scales, sixteens)
+    per16, size = expert_loop.SIXTEEN[fmt]
+    assert cut.shape == (n // 16, k // 16 // (sixteens * per16), sixteens * size)
+    for row in range(0, n, 3):
+        for column in range(0, k, 5):
+            tile, (g, r8) = row // 16, divmod(row % 16, 2)
+            step, inner = divmod(column, 16)
+            k8, (t, e) = inner // 8, divmod(inner % 8, 2)
+            piece, rest = divmod(step, sixteens * per16)
+            i, within = divmod(rest, per16)
+            data = cut[tile, piece]
+            lane = data[i * 512 + (4 * g + t) * 16 :][:16].contiguous().view(torch.int32).tolist()
+            words = {"bf16": lane, "e4m3": lane[2 * within :], "nvfp4": lane[within:]}[fmt]
+            scale = 0
+            if fmt == "nvfp4":
+                at = sixteens * 512 + i * 128 + g * 16 + within * 4
+                scale = data[at : at + 4].contiguous().view(torch.int32).item() & 0xFFFFFFFF
+            got = operand(fmt, [w & 0xFFFFFFFF for w in words], scale, k8, r8, e)
+            assert got == expected[row, column].item(), (row, column)
+
+
+@pytest.mark.parametrize("stage", expert_loop.STAGES)
+@pytest.mark.parametrize("groups", [2, 4])
+def test_every_weight_has_one_warp(stage, groups):
+    rows, k, steps = expert_loop.STAGES[stage]
+    tiles, first = expert_loop._shares(stage, groups)
+    active = expert_loop.QKV_BLOCKS if stage == "qkv" else len(tiles)
+    seen = torch.zeros(rows // 16, k // 16, dtype=torch.int64)
+    for block in range(active):
+        for warp in range(4 * groups):
+            seen[tiles[block, warp], first[block, warp] : first[block, warp] + steps // groups] += 1
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("formats", [HYBRID, SEED, BF16], ids=["hybrid", "seed", "bf16"])
+@pytest.mark.parametrize("capacity", [610, 762, 1018])
+@pytest.mark.parametrize("groups", [2, 4])
+def test_full_size_has_a_plan(formats, capacity, groups):
+    plan = expert_loop.plan_loop(50, capacity, formats, H100_LIMIT, groups)
+    assert plan is not None
+    assert plan.slots >= 3
+    assert plan.shared() + expert_loop.STATIC_BYTES <= H100_LIMIT
+
+
+@pytest.mark.parametrize(("tokens", "capacity"), [(10, 610), (65, 700), (50, 2000), (50, 50)])
+def test_what_does_not_fit_has_no_plan(tokens, capacity):
+    assert expert_loop.plan_loop(tokens, capacity, HYBRID, H100_LIMIT) is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("formats", [HYBRID, BF16], ids=["hybrid", "bf16"])
+@pytest.mark.parametrize("groups", [2, 4])
+def test_machine_code(tmp_path, formats, groups):
+    """No spills, wgmma in flight (a serialised one waits for each product), the host's count of shared memory."""
+    source = tmp_path / "loop.cu"
+    plan = expert_loop.plan_loop(50, 762, formats, H100_LIMIT, groups)
+    text = "\n".join(part.read_text() for part in expert_loop.SOURCES)
+    source.write_text(f"{text}\nstatic_assert(SHARED == {plan.shared()} && MAIL == {plan.mail_words * 4});\n")
+    macros = {"GROUPS": groups, "TOKENS": 50, "MT": 56, "KEYS": plan.keys, "SLOTS": plan.slots, "PDL": 1, "TRACE": 0}
+    macros |= {"BACKOFF": 20, "FENCED": 1}
+    macros |= {f"FORMAT_{name.upper()}": expert.FORMATS[fmt] for name, fmt in formats.items()}
+    command = ["nvcc", "-cubin", "-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-Xptxas", "-v"]
+    command += ["-o", str(tmp_path / "x.cubin"), *(f"-D{key}={value}" for key, value in macros.items()), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "0 bytes stack frame, 0 bytes spill stores" in done.stderr
+    assert "serialized" not in done.stderr
+
+
+def weight_of(fmt, n, k):
+    dense = torch.randn(n, k, device="cuda") / math.sqrt(k)
+    if fmt == "bf16":
+        return dense.bfloat16()
+    return fp8.quantize(dense, per_row=False) if fmt == "e4m3" else nvfp4.quantize(dense, rule="max")
+
+
+def build(formats, layers, steps, tokens, valid, capacity, groups):
+    loop = expert_loop.ExpertLoop(layers, steps, tokens, capacity, formats, torch.device("cuda"), groups=groups)
+    keys = torch.randn(layers, capacity, 1, expert_loop.HEAD_DIM, device="cuda").bfloat16()
+    values = torch.randn_like(keys)
+    keys[:, valid:], values[:, valid:] = math.nan, math.nan  # nobody may look there
+    shapes = {
+        "qkv": {"q": 2048, "k": 256, "v": 256},
+        "o": {"o": 1024},
+        "gate_up": {"gate": 4096, "up": 4096},
+        "down": {"down": 1024},
+    }
+    reference = []
+    for i in range(layers):
+        dense = {}
+        factors, shifts, gates = (
+            tuple(offset + 0.3 * torch.randn(steps, 1024, device="cuda") for _ in range(2)) for offset in (1, 0, 0.7)
+        )
+        for stage, rows in shapes.items():
+            weights = {name: weight_of(formats[stage], n, expert_loop.STAGES[stage][1]) for name, n in rows.items()}
+            loop.pack(i, stage, list(weights.values()), {"qkv": shifts[0], "gate_up": shifts[1]}.get(stage))
+            dense |= {name: expert.decoded(*expert.stack([w])) for name, w in weights.items()}
+        loop.modulate(i, factors, gates)
+
+        def pick(pair, step):
+            return pair[0][step], pair[1][step]
+
+        reference.append(
+            [
+                ReferenceLayer(**dense, factors=pick(factors, s), shifts=pick(shifts, s), gates=pick(gates, s))
+                for s in range(steps)
+            ]
+        )
+    return loop, reference, keys, values, rope_tables(capacity, expert_loop.HEAD_DIM, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("formats", [HYBRID, BF16], ids=["hybrid", "bf16"])
+@pytest.mark.parametrize(("tokens", "valid", "capacity"), [(50, 560, 610), (16, 3, 610), (64, 900, 1010)])
+@pytest.mark.parametrize("groups", [2, 4])
+class TestLoop:
+    pytestmark = gpu
+
+    def test_two_steps_of_two_layers(self, formats, tokens, valid, capacity, groups):
+        torch.manual_seed(0)
+        loop, reference, keys, values, tables = build(formats, 2, 2, tokens, valid, capacity, groups)
+        start = torch.tensor([valid], dtype=torch.int32, device="cuda")
+        h = torch.randn(tokens, 1024, device="cuda")
+        expected = h.double()
+        for step in range(2):
+            for i in range(2):
+                prefix = keys[i, :valid].double(), values[i, :valid].double()
+                expected = layer_reference(expected, reference[i][step], *prefix, tables)
+        results = []
+        for _ in range(3):
+            x = h.clone()
+            loop.start()
+            for step in range(2):
+                loop(x, step, keys, values, start, tables)
+            results.append(x)
+        assert ((results[0].double() - expected).norm() / expected.norm()).item() < 6e-3
+        assert all(torch.equal(results[0], again) for again in results)
+        x = h.clone()
+        x[1, 5] = math.nan  # goes to that token, and to those that attend to it: all
+        loop.start()
+        loop(x, 0, keys, values, start, tables)
+        assert x[1].isnan().all()
+
+
+def test_a_wrong_weight_is_refused():
+    if not hopper:
+        pytest.skip("needs a Hopper GPU (compute capability 9.0)")
+    loop = expert_loop.ExpertLoop(1, 1, 50, 610, BF16, torch.device("cuda"))
+    with pytest.raises(InputError, match=r"layers\.0\.o"):
+        loop.pack(0, "o", [torch.zeros(1024, 1024, device="cuda").bfloat16()])
