@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -19,6 +21,10 @@ from hybrid_policy.runtime.rtc import RealTimeChunking
 from hybrid_policy.runtime.stages import StageTable
 
 log = logging.getLogger(__name__)
+
+# The expert's loop kernel holds the device's multiprocessors and waits for all of its own blocks: two at once, of two
+# engines in one process (a shadow check), could each hold some and wait for ever. So engines of a device take turns.
+_TURNS: dict[int, threading.Lock] = defaultdict(threading.Lock)
 
 CACHE_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
@@ -99,7 +105,7 @@ class CudaBackend:
         """See `Backend.run`. Stages are empty where timing is off."""
         rows = self._blob.fill(inputs, noise, guidance)
         graphs = self._graphs[next(bucket for bucket in self._buckets if bucket >= rows)]
-        with torch.cuda.stream(self._stream):
+        with _TURNS[self._device.index or 0], torch.cuda.stream(self._stream):
             if self._timing:
                 self._events[0].record()
                 for part, event in zip(graphs.parts, self._events[1:], strict=True):
@@ -108,7 +114,7 @@ class CudaBackend:
             else:
                 graphs.parts[0].replay()
             self._done.record()
-        self._done.synchronize()
+            self._done.synchronize()
         result = self._out_view.copy()
         if not self._timing:
             return result, {}
