@@ -137,7 +137,7 @@ class CudaBackend:
 
         stages = (vision, prefix, denoise)
         inputs.valid.fill_(rows)
-        with torch.cuda.stream(self._stream), torch.inference_mode():
+        with _TURNS[self._device.index or 0], torch.cuda.stream(self._stream), torch.inference_mode():
             for stage in stages:  # compiles kernels, fills library handles and workspaces
                 stage()
             self._stream.synchronize()
