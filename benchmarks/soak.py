@@ -105,6 +105,10 @@ def main() -> int:
         "refused or discarded, with a reason": sum(bool(line["reason"]) for line in lines if not line["accepted"]),
         "deadlines missed": sum(not line["deadline_met"] for line in lines),
         "total ms p50/p99/max": [round(float(v), 2) for v in np.percentile(total, [50, 99, 100])],
+        "seam position (rad), velocity (rad/s), p50 and p95": [
+            [round(float(v), 4) for v in np.percentile([line[key] for line in lines if line["accepted"]], [50, 95])]
+            for key in ("seam_position", "seam_velocity")
+        ],
         "control ticks missed": int(output["control ticks missed"]),
         "control ticks missed, reported": sum("ticks missed" in line for line in log.splitlines()),
         "control lateness p50/p99/max (us)": output["control lateness p50/p99/max (us)"],

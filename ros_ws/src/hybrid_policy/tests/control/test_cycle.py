@@ -17,6 +17,7 @@ from hybrid_policy.control.robot_file import RobotFile
 from hybrid_policy.control.rtc import DelayEstimator, continuation, delay_steps
 from hybrid_policy.errors import InputError
 from hybrid_policy.models.observation import ActionChunk, Observation
+from hybrid_policy.runtime.rtc import shifted
 from hybrid_policy.sim import trajectory_controller as jtc
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -272,6 +273,45 @@ def test_a_chunk_fades_in_without_a_jump_and_is_itself_after_the_blend(late: int
         np.testing.assert_allclose(speed, slope, atol=1e-2)  # the derivative of what is faded
         if at >= 0.2:
             np.testing.assert_allclose(speed, alone.sample(now + round(at * 1e9))[1], atol=1e-5)
+
+
+class WavePolicy(RampPolicy):
+    """Smooth chunks that disagree with each other, but for the actions that real-time chunking keeps."""
+
+    def infer(self, observation: Observation, noise: Any = None, previous: Any = None) -> ActionChunk:
+        chunk = super().infer(observation, noise, previous)
+        phase = 6.0 * float(noise[0, 0])
+        wave = 0.1 * np.sin(0.15 * np.arange(self.spec.horizon) + phase)
+        normalised = chunk.normalised.copy()
+        normalised[:, 1] = wave
+        if previous is not None and self.rtc:
+            kept = shifted(previous, self.spec.horizon, self.spec.max_action_dim)[: previous.delay, 1]
+            normalised[:, 1] += kept[-1] - wave[previous.delay - 1]
+            normalised[: previous.delay, 1] = kept
+        return replace(chunk, actions=normalised[:, :2].copy(), normalised=normalised)
+
+
+@pytest.mark.parametrize("rtc", [True, False])
+def test_no_seams_where_stamps_are_off_the_grid_of_the_actions(tmp_path: Path, rtc: bool) -> None:
+    """The whole cycle with delays and intervals of any length: what the engine kept is what was commanded."""
+    wide = robot(tmp_path, TWO_JOINTS.replace("max_acceleration: 10.0", "max_acceleration: 1000.0"))
+    cycle = ControlCycle(wide, WavePolicy(wide, horizon=32, slope=0.0, rtc=rtc), CycleSettings(blend=0.2))
+    random, stamp, seams = np.random.default_rng(3), START, []
+    for _ in range(30):
+        result = cycle.run(
+            observation(wide, stamp, [0.0, 0.05]), clock(stamp, stamp + int(random.uniform(60, 140) * MS))
+        )
+        assert result.trajectory is not None
+        seams.append(result.seam)
+        stamp += int(random.uniform(380, 460) * MS)  # the fade of before has ended
+    position = max(seam.position for seam in seams[5:])
+    velocity = max(seam.velocity for seam in seams[5:])
+    if rtc:
+        assert position < 2e-3  # the line between two steps, where the command is a cubic
+        assert velocity < 0.05
+    else:
+        assert position > 0.1
+        assert velocity > 0.5
 
 
 def test_delays_are_a_window() -> None:
