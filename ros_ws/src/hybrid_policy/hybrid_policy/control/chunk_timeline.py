@@ -213,9 +213,7 @@ class ChunkTimeline:
         curve = chunk_curve(stamp, positions, self._period)
         new_position, new_speed = curve.sample(now)
         jump, velocity_jump = new_position - start, new_speed - speed
-        speeds = (
-            curve.velocities[first - 1 :] if first else np.concatenate((curve.start_velocity[None], curve.velocities))
-        )
+        speeds = np.concatenate((curve.start_velocity[None], curve.velocities))[first:horizon]
         if self._blend > 0.0:
             fading = int(np.searchsorted(times, self._blend))
             u = (times[:fading] / self._blend)[:, None]

@@ -118,7 +118,10 @@ class ControlLoop:
             elif self.status.state == PAUSED:
                 self._set_state(HOLDING if self.status.holds else WAITING, "resumed, waiting for a chunk")
 
-    skew = property(lambda self: self._snapshot.skew, doc="Seconds between oldest and newest of the inputs taken last.")
+    @property
+    def skew(self) -> float:
+        """Seconds between the oldest and newest of the inputs taken last."""
+        return self._snapshot.skew
 
     def yield_to_chunk(self, seconds: float) -> None:
         """Return when the next chunk has left, ``seconds`` later at most: what can wait does not delay it then."""

@@ -59,6 +59,13 @@ def test_an_early_chunk_keeps_every_action() -> None:
     np.testing.assert_allclose(plan.times, 0.5 + 0.05 * np.arange(4))
 
 
+def test_a_chunk_of_one_action_is_a_place_to_stand() -> None:
+    plan = ChunkTimeline(PERIOD, 0.2).plan(START, np.ones((1, 2)), START - 50 * MS, np.zeros(2))
+    assert plan is not None
+    assert plan.positions.shape == plan.velocities.shape == (1, 2)
+    np.testing.assert_array_equal(plan.jump, [1.0, 1.0])
+
+
 def test_the_blend_starts_on_the_command_in_force() -> None:
     timeline = ChunkTimeline(PERIOD, 0.2)
     timeline.hold(START, np.array([1.0]))
