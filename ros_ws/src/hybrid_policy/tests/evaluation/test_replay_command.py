@@ -57,6 +57,24 @@ def test_two_replays_give_the_same_report_apart_from_what_was_measured(replay, s
     assert reports[0] == reports[1]
 
 
+def test_a_page_drawn_later_is_the_page_drawn_at_once(replay, sim_expert, tmp_path):
+    """Whoever replays a bag draws it; where nobody has, the one who writes the page does."""
+    drawn = tmp_path / "out" / "bags" / "sim_expert" / "section.html"
+    replay(sim_expert)
+    assert not drawn.exists()
+    replay(sim_expert, page=True)  # the result is kept, the page is new
+    assert not drawn.exists()
+    later = (tmp_path / "out" / "report.html").read_text()
+    assert later.count("<svg") > 5
+    drawn.write_text("<p>as it was left</p>")
+    replay(sim_expert, page=True)
+    assert "<p>as it was left</p>" in (tmp_path / "out" / "report.html").read_text()
+    replay(sim_expert, "--fresh", page=True)
+    at_once = (tmp_path / "out" / "report.html").read_text()
+    assert drawn.read_text() in at_once
+    assert at_once.count("<svg") == later.count("<svg")
+
+
 def test_the_report_has_the_form_that_is_documented(replay, sim_expert):
     _, report, _, _ = replay(sim_expert, "--fail-if", "holds>5", recipes=("exact", "rough"))
 
