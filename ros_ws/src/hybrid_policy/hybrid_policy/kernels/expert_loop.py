@@ -116,8 +116,8 @@ def pieces(fmt: str, values: Tensor, scales: Tensor | None, sixteens: int) -> Te
     """Rows of W cut into a warp's shares of bulk copies: uint8 [N / 16, K / 16 / steps, bytes].
 
     Lane ``4g + t`` holds wgmma's A fragment of 16 rows and 16 k: element (k8, r8, e) is row ``2g + r8``, k
-    ``2t + 8 k8 + e``. A share is ``sixteens`` times 512 bytes, of each lane 16. bf16: one k step, (k8, r8, e). E4M3: two k
-    steps, four words (step, k8) of `e4m3_words`. NVFP4: four k steps, a word of `packing.pack_words` each; then as
+    ``2t + 8 k8 + e``. A share is ``sixteens`` times 512 bytes, of each lane 16. bf16: one k step, (k8, r8, e). E4M3:
+    two k steps, four words (step, k8) of `e4m3_words`. NVFP4: four k steps, a word of `packing.pack_words` each; then as
     often 128 bytes of scales: for each g four words, one a k step, of bf16(scale · 2^119) of rows 2g (low) and 2g + 1.
     """
     n, k = values.shape
@@ -178,7 +178,8 @@ class ExpertLoop:
         layers, steps: of the expert, of the flow.
         tokens: of a chunk. capacity: rows of the cache.
         formats: ``qkv``, ``o``, ``gate_up``, ``down`` -> bf16, e4m3 or nvfp4 (activations are bf16 in each).
-        trace: record clocks of every block and stage in `clocks`. groups: warpgroups of a block, 2 or 4. macros: BACKOFF, FENCED, for experiments.
+        trace: record clocks of every block and stage in `clocks`.
+        groups: warpgroups of a block, 2 or 4. macros: BACKOFF, FENCED, for experiments.
     """
 
     def __init__(
@@ -300,7 +301,8 @@ class ExpertLoop:
         """All layers of one flow step.
 
         Args:
-            h: float32 [tokens, WIDTH], the residual stream, in place. step: of the flow; steps follow each other from 0.
+            h: float32 [tokens, WIDTH], the residual stream, in place.
+            step: of the flow; steps follow each other from 0.
             keys, values: bf16 [layers, capacity, 1, HEAD_DIM], the prefix's; the chunk's own are not written.
             valid: int32 [1], rows of the prefix. tables: from `rope_tables`.
         """
@@ -312,12 +314,13 @@ class ExpertLoop:
         ):
             if tuple(x.shape) != shape or x.dtype != dtype or not x.is_contiguous():
                 raise InputError.at("expert loop", name, (tuple(x.shape), x.dtype), f"contiguous {dtype} {shape}")
+        clocks = None if self.clocks is None else self.clocks.data_ptr()
         self._kernel(
             (TILES * PARTS, 1),
             _Arguments(
                 self.weights.data_ptr(), self.row_scale.data_ptr(), self.vectors[step].data_ptr(), h.data_ptr(),
                 keys.data_ptr(), values.data_ptr(), tables[0].data_ptr(), tables[1].data_ptr(), valid.data_ptr(),
-                self._mail.data_ptr(), self._parcels.data_ptr(), None if self.clocks is None else self.clocks.data_ptr(),
+                self._mail.data_ptr(), self._parcels.data_ptr(), clocks,
                 self._layers, self._capacity, step * self._layers % 4, 1e-6, HEAD_DIM**-0.5 * 1.4426950408889634,
             ),
         )  # fmt: skip
@@ -338,7 +341,7 @@ def fits_device(
     heads: tuple[int, int, int],
     formats: dict[str, str],
 ) -> bool:
-    """Whether the loop kernel serves an expert on a device: Hopper (wgmma), pi0.5's dimensions, formats whose pieces divide.
+    """Whether the loop kernel serves an expert on a device: Hopper (wgmma), pi0.5's dimensions, a cache that fits.
 
     formats: ``qkv``, ``o``, ``gate_up``, ``down`` -> bf16, e4m3 or nvfp4. A device that cannot hold all blocks at once
     is only found out by `ExpertLoop`.

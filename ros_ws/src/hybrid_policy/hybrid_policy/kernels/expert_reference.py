@@ -37,7 +37,8 @@ def layer_reference(
     """The residual stream after one layer.
 
     Args:
-        h: [tokens, width]. keys, values: [prefix, 1, head_dim], rotated. tables: cosines and sines [capacity, head_dim / 2].
+        h: [tokens, width]. keys, values: [prefix, 1, head_dim], rotated.
+        tables: cosines and sines [capacity, head_dim / 2].
     """
     dtype, head_dim, prefix = h.dtype, keys.shape[-1], keys.shape[0]
     cosines, sines = (table[prefix : prefix + len(h)].to(dtype) for table in tables)

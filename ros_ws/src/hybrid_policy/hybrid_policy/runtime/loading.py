@@ -184,9 +184,9 @@ def choose_table(
 ) -> StageTable:
     """The stages' implementations.
 
-    wgmma's prefix attention on Hopper, else Triton's. For the expert: one launch a flow step on Hopper, else the cluster
-    kernels, where device, shapes, precisions and cache allow them, else Triton's fused kernels; split stages where
-    real-time chunking needs a modulation a row.
+    wgmma's prefix attention on Hopper, else Triton's. For the expert: one launch a flow step on Hopper, else the
+    cluster kernels, where device, shapes, precisions and cache allow them, else Triton's fused kernels; split stages
+    where real-time chunking needs a modulation a row.
 
     The variable HYBRID_POLICY_STAGES overrides single stages (see `stages.parse_table`), for comparisons.
     """

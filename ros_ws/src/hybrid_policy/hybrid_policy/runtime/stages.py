@@ -38,8 +38,10 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class StageTable:
-    """stage -> implementation. ``expert`` is ``loop`` (kernels/expert_loop.py), ``cluster`` (kernels/expert.py), ``fused``
-    (Triton) or ``split`` (norm, GEMM, glue). ``prefix_attention`` is ``hopper`` (kernels/prefix_attention.py), or as ``attention``.
+    """stage -> implementation.
+
+    ``expert`` is ``loop`` (kernels/expert_loop.py), ``cluster`` (kernels/expert.py), ``fused`` (Triton) or ``split``
+    (norm, GEMM, glue). ``prefix_attention`` is ``hopper`` (kernels/prefix_attention.py), or as ``attention``.
     ``vision_product``: vision's FP8 products by ``hopper`` (kernels/fp8_product.py) or the library.
 
     pdl: kernels may start before their predecessor ends (programmatic dependent launch).
