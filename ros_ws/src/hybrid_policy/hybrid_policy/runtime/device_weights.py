@@ -19,7 +19,6 @@ from hybrid_policy.kernels.nvfp4 import NVFP4Tensor
 from hybrid_policy.kernels.prefix_inputs import padded_patch
 from hybrid_policy.kernels.qkv import FusedQKV
 from hybrid_policy.models.config import GemmaConfig, Pi05Config
-from hybrid_policy.models.flow import step_times, time_embedding
 from hybrid_policy.models.pi05 import EXPERT, PREFIX, PROJECTOR, VISION
 from hybrid_policy.runtime.modulations import Modulations, modulations_of
 from hybrid_policy.runtime.projection import Projection
