@@ -2,8 +2,9 @@
 maker's processor.
 
 MKL takes its slower kernels on processors that are not Intel's. On an EPYC with two inferences at once, one of
-the shipped policy took 0.84 to 0.91 of the time with OpenBLAS (medians, interleaved). What is taken follows from
-processor and installation, never from a timing: the same machine gives the same bits each time.
+the shipped policy took 0.84 to 0.91 of the time with OpenBLAS (medians, interleaved). With more than one thread
+PyTorch's are taken: two pools of threads that wait for each other take many times as long. What is taken follows
+from processor, installation and threads, never from a timing: the same machine gives the same bits each time.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ def affine(x: Floats, weight: Floats, bias: Floats | None, out: Floats) -> None:
         torch.addmm(torch.from_numpy(bias), given, torch.from_numpy(weight), out=result)
 
 
-def use_threads(count: int) -> None:
-    """Let numpy's products take as many threads as PyTorch's; OpenBLAS would take every core."""
-    if by_numpy():
+def keep_to_one_thread() -> None:
+    """Let numpy's products run in the calling thread, where they may be taken; OpenBLAS would take every core."""
+    if _better_by_numpy():
         for setter in _openblas():
-            setter(count)
+            setter(1)
 
 
 def name() -> str:
@@ -59,8 +60,13 @@ def name() -> str:
     return "numpy's OpenBLAS" if by_numpy() else "PyTorch's BLAS"
 
 
-@lru_cache(maxsize=1)
 def by_numpy() -> bool:
+    """Whether numpy's products are taken."""
+    return torch.get_num_threads() == 1 and _better_by_numpy()
+
+
+@lru_cache(maxsize=1)
+def _better_by_numpy() -> bool:
     """Whether PyTorch has MKL, the processor is not Intel's, and numpy has an OpenBLAS whose threads can be set."""
     if not torch.backends.mkl.is_available():
         return False

@@ -29,8 +29,8 @@ class ReferenceBackend:
         self._times = step_times(model.config.num_steps)
         self._strengths = rtc.step_weights(np.asarray(self._times)).tolist()
         self._state_dim = model.config.max_state_dim
+        host_blas.keep_to_one_thread()
         threads = torch.get_num_threads()
-        host_blas.use_threads(threads)
         self._about = f"cpu: float32 with {host_blas.name()}, recipe {recipe_name}, {threads} threads"
         with torch.inference_mode():
             values = model.modulations(torch.tensor(self._times)).unbind(1)

@@ -155,11 +155,16 @@ def test_the_model_s_weights_are_taken_over():
     assert ours.memory_bytes() > 4 * 0.9 * (count - sum(p.numel() for p in model.parameters()))
 
 
-@pytest.mark.skipif(not host_blas._openblas(), reason="numpy has no OpenBLAS whose threads can be set")
-def test_numpy_s_products_take_pytorch_s_threads(monkeypatch):
-    monkeypatch.setattr(host_blas, "by_numpy", lambda: True)
+def test_numpy_s_products_are_taken_with_one_thread_alone(monkeypatch):
     set_to = []
     monkeypatch.setattr(host_blas, "_openblas", lambda: (set_to.append,))
-    ours = backend(drawn(config()))
-    assert set_to == [torch.get_num_threads()]
-    assert "OpenBLAS" in ours.description
+    monkeypatch.setattr(host_blas, "_better_by_numpy", lambda: True)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert "PyTorch's BLAS" in backend(drawn(config())).description
+        torch.set_num_threads(1)
+        assert "numpy's OpenBLAS" in backend(drawn(config())).description
+        assert set(set_to) == {1}
+    finally:
+        torch.set_num_threads(before)
