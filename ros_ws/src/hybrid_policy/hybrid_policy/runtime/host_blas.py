@@ -1,7 +1,7 @@
 """The matrix products of the CPU's backend: PyTorch's, or numpy's OpenBLAS where PyTorch's are MKL's on another
 maker's processor.
 
-MKL takes its slower kernels on processors that are not Intel's. On an EPYC with two inferences at once, one of
+MKL is tuned for Intel's processors. On an EPYC with two inferences at once, one of
 the shipped policy took 0.84 to 0.91 of the time with OpenBLAS (medians, interleaved). With more than one thread
 PyTorch's are taken, so that one pool of threads serves everything. What is taken follows from processor,
 installation and threads, never from a timing: the same machine gives the same bits each time.
