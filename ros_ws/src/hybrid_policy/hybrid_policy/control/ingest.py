@@ -26,21 +26,25 @@ MAX_PROMPT_BYTES = 4096
 _DEEP = ("16", "32", "64", "mono16")
 _MAX_NAMES = 4096
 _UINT32 = 2**32 - 1
+_INT32 = 2**31 - 1
 
 
 def stamp_ns(message: Any) -> int:
     """Nanoseconds of ``message.header.stamp``.
 
     Raises:
-        InputError: there is none, it is negative or its nanoseconds are not below 1e9; or it is 0
-            (an unstamped message cannot be synchronised).
+        InputError: there is none, its seconds are not an int32 of at least 0 (builtin_interfaces/Time) or
+            its nanoseconds not below 1e9; or it is 0 (an unstamped message cannot be synchronised).
     """
     try:
         seconds, nanoseconds = int(message.header.stamp.sec), int(message.header.stamp.nanosec)
     except (AttributeError, TypeError, ValueError, OverflowError):
         raise InputError(f"header.stamp: {_show(message)} given, expected seconds and nanoseconds") from None
-    if seconds < 0 or not 0 <= nanoseconds < 1_000_000_000:
-        raise InputError(f"header.stamp: {seconds} s {nanoseconds} ns given, expected a time after 0")
+    if not 0 <= seconds <= _INT32 or not 0 <= nanoseconds < 1_000_000_000:
+        raise InputError(
+            f"header.stamp: {_show(seconds)} s {_show(nanoseconds)} ns given, "
+            f"expected 0 to {_INT32} s and 0 to 999999999 ns"
+        )
     if seconds == 0 and nanoseconds == 0:
         raise InputError("header.stamp: 0 given, expected the time at which the data was captured")
     return seconds * 1_000_000_000 + nanoseconds
