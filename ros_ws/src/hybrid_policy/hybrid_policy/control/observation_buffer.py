@@ -141,6 +141,7 @@ class ObservationBuffer:
         self._inputs[JOINTS] = _Input(JOINTS, robot.joint_states_rate, kept)
         self._prompt = robot.prompt
         self._prompt_drops: Counter[str] = Counter()
+        self._oldest = 0
         self._frozen: dict[str, _Frozen] = {}
         self._lock = threading.Lock()
         self._arrival = threading.Condition(self._lock)
@@ -226,6 +227,9 @@ class ObservationBuffer:
             except InputError as error:
                 source.drops["invalid"] += 1
                 raise (error if str(error).startswith((name, "joint")) else InputError(f"{name}: {error}")) from None
+            if stamp < self._oldest:
+                source.drops["before the reset"] += 1
+                return  # it was on its way then: nothing to warn of
             source.admit(stamp)
             source.store(stamp, message if checked is None else checked)
 
@@ -318,9 +322,13 @@ class ObservationBuffer:
         """Prompts refused so far."""
         return self._prompt_drops.total()
 
-    def clear(self) -> None:
-        """Forget every message (after a clock jump); counts and the prompt stay."""
+    def clear(self, before: int = 0) -> None:
+        """Forget every message, also those still on their way: of stamps below ``before`` (nanoseconds).
+
+        Counts and the prompt stay. After a clock jump no stamp is too old.
+        """
         with self._lock:
+            self._oldest = before
             for source in self._inputs.values():
                 source.clear()
             self._frozen.clear()

@@ -14,23 +14,20 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hybrid_policy.control.chunk_record import chunk_record
 from hybrid_policy.control.chunk_timeline import Seam
 from hybrid_policy.control.cycle import ControlCycle, CycleResult
-from hybrid_policy.control.hold import hold_position
 from hybrid_policy.control.latency import LatencyRecorder
 from hybrid_policy.control.observation_buffer import ObservationBuffer, Snapshot
 from hybrid_policy.control.watchdog import ClockMonitor, Fault, Tracking, Watchdog
 from hybrid_policy.errors import InputError
-from hybrid_policy.models.observation import ActionChunk, Observation
+from hybrid_policy.models.observation import ActionChunk
 from hybrid_policy.ros import real_time
 from hybrid_policy.ros.log import ThrottledLog
 from hybrid_policy.ros.loop_state import (
     FAILED,
     FRESH,
-    HOLD_REPEAT,
     HOLDING,
     PATIENCE,
     PAUSED,
@@ -41,6 +38,7 @@ from hybrid_policy.ros.loop_state import (
     LoopStatus,
 )
 from hybrid_policy.ros.outputs import Output
+from hybrid_policy.ros.robot_hold import RobotHold
 
 
 class ControlLoop:
@@ -80,10 +78,10 @@ class ControlLoop:
         self._paused = False
         self._errors_in_row = 0
         self._last_stamp = 0
+        self._epoch = 0
         self._last_accept: int | None = None
-        self._last_hold = 0
         self._tracking = Tracking(settings.tracking_tolerance)
-        self._commanded: NDArray[np.float64] | None = None
+        self._hold = RobotHold(cycle, buffer, output, settings.hold_tolerance, reports)
         self._snapshot = Snapshot(missing=("everything",))
         self._waited, self._patience = 0, 0.0
         if settings.wait_for_images:
@@ -138,9 +136,17 @@ class ControlLoop:
         """Hold, forget observations and chunks, and start afresh (also after a frozen camera)."""
         with self._lock:
             self._enter_hold("reset", HOLDING if self._last_accept is not None else WAITING)
-            self.buffer.clear()
-            self.cycle.reset()
-            self._errors_in_row, self._last_stamp, self._last_accept = 0, 0, None
+            self._forget(before=self.clock())
+            self._errors_in_row = 0
+
+    def _forget(self, before: int) -> None:
+        """Forget observations (of stamps below ``before``, also those to come) and chunks, one in flight too."""
+        self._epoch += 1
+        self.buffer.clear(before)
+        self.cycle.reset()
+        self._snapshot = Snapshot(missing=("everything",))
+        self._last_stamp, self._last_accept = 0, None
+        self._tracking.reset()
 
     # The inference thread
 
@@ -162,7 +168,9 @@ class ControlLoop:
 
     def _infer_once(self) -> None:
         began = time.monotonic_ns()
-        snapshot = self._snapshot = self.buffer.snapshot()
+        with self._lock:
+            epoch, snapshot = self._epoch, self.buffer.snapshot()
+            self._snapshot = snapshot
         if snapshot.missing or self._paused or self.status.state == FAILED or not self.buffer.prompt:
             return
         try:
@@ -183,12 +191,14 @@ class ControlLoop:
         after = time.monotonic_ns()
         with self._lock:
             finished = self.clock()
-            discard = self._why_discard(observation)
+            discard = self._why_discard(epoch)
             if discard:
                 self.status.discarded += 1
                 self.reports.warn("discard", f"chunk discarded: {discard}")
                 result = CycleResult(observation, chunk, started, finished, reason=f"discarded: {discard}")
             else:
+                if self.status.state != RUNNING:
+                    self._hold.follow_robot(finished)
                 result = self.cycle.accept(observation, chunk, started, finished, previous=previous, noise=noise)
                 self._take(result, finished)
         done = time.monotonic_ns()
@@ -198,11 +208,11 @@ class ControlLoop:
         self.cycle.draw()
         self._chunk_left.set()
 
-    def _why_discard(self, observation: Observation) -> str:
+    def _why_discard(self, epoch: int) -> str:
         """Why a finished chunk must not be used any more; it was inferred without the lock."""
         if self._stop.is_set() or self._paused or self.status.state == FAILED:
             return "the node stopped or paused during inference"
-        if self._last_stamp != observation.stamp:
+        if self._epoch != epoch:
             return "the clock or the node was reset during inference"
         blocking = self._blocking(self._faults(self.clock()))
         return str(blocking[0]) if blocking else ""
@@ -290,23 +300,23 @@ class ControlLoop:
         self.status.faults = tuple(faults)
         if self.status.state == RUNNING:
             in_force = self.cycle.timeline.sample(now)
-            self._commanded = None if in_force is None else in_force[0]
+            self._hold.commanded = None if in_force is None else in_force[0]
             if faults:
                 self._enter_hold(str(faults[0]), HOLDING)
                 self.reports.error(f"hold {faults[0].source} {faults[0].kind}", f"holding: {faults[0]}")
-            elif self._tracking.away(self._commanded, self._measured(now), now):
+            elif self._tracking.away(self._hold.commanded, self._hold.measured(now), now):
                 self._enter_hold(f"robot more than {self.settings.tracking_tolerance:g} from its command", HOLDING)
                 self.reports.error("tracking", f"holding where the robot is: {self.status.reason}")
-            elif self._commanded is not None:
+            elif self._hold.commanded is not None:
                 self._send_tick(now)
         elif self.status.state == WAITING:
             self.status.reason = str(faults[0]) if faults else "waiting for the first chunk"
         elif self.status.holds:
-            self._repeat_hold(now, steady)
+            self._hold.repeat(now, steady)
 
     def _send_tick(self, now: int) -> None:
         current = self.cycle.timeline.current
-        assert self._commanded is not None
+        assert self._hold.commanded is not None
         if current is not None and now >= current.end and self.cycle.robot.command.interface == "twist":
             # A speed has no end of its own: past the chunk's last step it must become 0.
             self._enter_hold("the chunk ended before a new one came", HOLDING)
@@ -315,8 +325,8 @@ class ControlLoop:
             # The cubic of the first segment starts with the speed of before and may swing past its point.
             limits, start = self.cycle.robot.limits, current.start_position
             lowest, highest = np.minimum(limits.lower, start), np.maximum(limits.upper, start)
-            self._commanded = np.clip(self._commanded, lowest, highest)
-        self.output.tick(self._commanded, now)
+            self._hold.commanded = np.clip(self._hold.commanded, lowest, highest)
+        self.output.tick(self._hold.commanded, now)
 
     def _faults(self, now: int) -> list[Fault]:
         """Everything that is wrong now."""
@@ -342,28 +352,14 @@ class ControlLoop:
         self.reports.error("clock", f"{jump}; starting afresh")
         if self.status.state == RUNNING:
             self._enter_hold(str(jump), HOLDING)
-        self.buffer.clear()
-        self.cycle.reset()
-        self._snapshot = Snapshot(missing=("everything",))
-        self._last_stamp, self._last_accept = 0, None
-        self._tracking.reset()
+        self._forget(before=0)
 
     # Holding
-
-    def _measured(self, now: int) -> NDArray[np.float64] | None:
-        """float64 [commands]: where the robot is, if known and fresh."""
-        robot = self.cycle.robot
-        newest = self.buffer.newest_joints()
-        if robot.command.interface == "twist" or newest is None:
-            return None
-        if abs(now - newest[0]) > robot.timeouts.joint_states * 1e9:
-            return None
-        return newest[1][robot.command_index]
 
     def _enter_hold(self, reason: str, state: str) -> None:
         """Stop the robot where it is told to be now, and say why. Called under the lock."""
         moving = self.status.state == RUNNING
-        if state == HOLDING and not moving and self._commanded is None:
+        if state == HOLDING and not moving and self._hold.commanded is None:
             state = WAITING  # nothing has ever been commanded: the conditions of a first command stay
         self._set_state(state, reason)
         self.cycle.forget_chunks()
@@ -372,25 +368,7 @@ class ControlLoop:
             return
         self.status.holds += 1
         self._tracking.reset()
-        now = self.clock()
-        if self.cycle.robot.timeouts.action == "none":
-            return
-        position = hold_position(self.cycle.robot, self._commanded, self._measured(now), self.settings.hold_tolerance)
-        if position is None:
-            self.reports.error("hold", "cannot hold: the robot's position is not known, nothing sent")
-            return
-        self._commanded = position
-        self.cycle.hold(now, position)
-        self.output.hold(position, now)
-        self._last_hold = time.monotonic_ns()
-
-    def _repeat_hold(self, now: int, steady: int) -> None:
-        if self._commanded is None or self.cycle.robot.timeouts.action == "none":
-            return
-        interval = 0.0 if self.cycle.robot.command.interface != "joint_trajectory" else HOLD_REPEAT
-        if (steady - self._last_hold) * 1e-9 >= interval:
-            self._last_hold = steady
-            self.output.hold(self._commanded, now)
+        self._hold.begin(self.clock())
 
     def _set_state(self, state: str, reason: str) -> None:
         if state != self.status.state:

@@ -93,6 +93,14 @@ PARAMETERS = (
         "JSON lines, one a chunk; `auto`: ~/.ros/hybrid_policy/latency-<node>-<pid>.jsonl; empty: none.",
     ),
     Parameter("summary_json", "", "File for the summary at exit, as JSON; empty: only printed."),
+    Parameter(
+        "discovery_time",
+        4.0,
+        "Seconds after its start before the node may command: DDS announces a process every 3 s, so another "
+        "commander of the robot is known by then. Loading counts.",
+        0.0,
+        60.0,
+    ),
     Parameter("output_timeout", 1.0, "Seconds without a new chunk after which the robot holds; 0: never.", 0.0, 60.0),
     Parameter("future_tolerance", 0.1, "Seconds by which a stamp may lie ahead of the clock.", 0.0, 10.0),
     Parameter(

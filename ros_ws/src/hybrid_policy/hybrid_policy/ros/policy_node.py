@@ -48,8 +48,8 @@ from hybrid_policy.share import resolve
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 #: How much faster than the steady clock simulated time may run before that counts as a jump.
 FASTEST_SIMULATION = 10.0
-#: Seconds after its topic is opened before a node may command: DDS discovery of another commander takes time.
-DISCOVERY_TIME = 1.0
+#: Seconds after its topic is opened before a node may command: whoever opened it at the same moment is then known.
+OPENED_TIME = 1.0
 
 
 class PolicyNode(LifecycleNode):
@@ -69,7 +69,7 @@ class PolicyNode(LifecycleNode):
         self._shadow: ShadowCheck | None = None
         self._switch_recipe = False
         self._inputs: Inputs | None = None
-        self._opened = 0.0
+        self._joined, self._opened = time.monotonic(), 0.0
         self._recorder: LatencyRecorder | None = None
         try:
             parameters.declare(self)
@@ -309,7 +309,7 @@ class PolicyNode(LifecycleNode):
         if others > 0:
             self._loop.contended = f"{self._output.topic}: {others} other publisher(s), expected none"
             self.reports.warn("contended", self._loop.contended)
-        elif time.monotonic() - self._opened < DISCOVERY_TIME:
+        elif time.monotonic() < max(self._joined + self.values["discovery_time"], self._opened + OPENED_TIME):
             self._loop.contended = f"{self._output.topic}: looking for other publishers"
         else:
             self._loop.contended = ""

@@ -40,6 +40,9 @@ from hybrid_policy.sim.scene import JOINT_NAMES
 from hybrid_policy.sim.tasks import SceneSettings, Verdict, colour_in, judge, sample_scene
 from hybrid_policy.sim.trajectory_controller import Trajectory, TrajectoryController, TrajectoryPoint
 
+#: Nanoseconds after a new scene during which the controller is off, as a real one is while its robot is carried
+#: back: what was planned from the old place would throw it there.
+CARRIED_BACK = 250_000_000
 #: name -> (default, description)
 PARAMETERS: dict[str, tuple[object, str]] = {
     "robot": ("sim_aloha", "Robot file with the topics to publish: a path, or the name of one that ships"),
@@ -84,6 +87,7 @@ class SimRobotNode(Node):
         self._scene_number = 0
         self._film = EpisodeFilm(Path(str(value["film"]))) if value["film"] else None
         self._stop = threading.Event()
+        self._controller_on = 0  # ns: the controller takes no trajectory before
         self._base = 0  # ns: the ROS time of simulated time 0
 
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -135,6 +139,8 @@ class SimRobotNode(Node):
             stamp=duration_ns(message.header.stamp),
         )
         with self._lock:
+            if self._now() < self._controller_on:
+                return
             reason = self._controller.receive(trajectory, self._now())
         if reason is not None:
             self.get_logger().warning(f"trajectory rejected: {reason}", throttle_duration_sec=1.0)
@@ -148,6 +154,7 @@ class SimRobotNode(Node):
         with self._lock:
             if target != self._target:
                 self._target, self._solved_at = target, None
+                self._status_due = 0.0
 
     def _on_reset(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         with self._lock:
@@ -161,7 +168,9 @@ class SimRobotNode(Node):
         self._robot.reset(scene)
         self._base += elapsed  # stamps go on where they were
         self._controller = TrajectoryController(JOINT_NAMES, self._robot.positions)
+        self._controller_on = self._now() + CARRIED_BACK
         self._verdict, self._solved_at, self._started = Verdict(False, False, {}), None, self._now() * 1e-9
+        self._status_due = 0.0
         self._scene_number += 1
 
     # --- what goes out -------------------------------------------------------------------------

@@ -245,3 +245,21 @@ def test_a_robot_that_stays_away_from_its_command() -> None:
     assert not tracking.away(command, there, T0 + 1300 * MS)
     off = Tracking(0.0)
     assert not any(off.away(command, there, T0 + k * 10**9) for k in range(5))
+
+
+def test_what_was_on_its_way_at_a_reset_is_forgotten_too(tmp_path: Path) -> None:
+    _, buffer = make(tmp_path)
+    for name in ("cam", "wrist"):
+        show(buffer, name, 0)
+    buffer.clear(before=T0 + 60 * MS)
+    show(buffer, "cam", 50, 1)  # drawn before the reset, received after it
+    joints(buffer, 55)
+    assert buffer.snapshot().missing == ("cam", "wrist", "joints")
+    assert buffer.status(T0 + 60 * MS)["cam"].drops == {"before the reset": 1}
+    show(buffer, "cam", 60, 2)
+    show(buffer, "wrist", 70)
+    joints(buffer, 65)
+    assert buffer.snapshot().stamps["cam"] == T0 + 60 * MS
+    buffer.clear()  # the clock was set back: no stamp is too old
+    show(buffer, "cam", 10)
+    assert "cam" not in buffer.snapshot().missing

@@ -237,6 +237,12 @@ class Rig:
         with self._lock:
             return self._measured.copy()
 
+    def carry(self, position: np.ndarray) -> None:
+        """Move the robot by hand, its controller off meanwhile: it then stands there, whatever was commanded."""
+        with self._lock:
+            self._measured = position.copy()
+            self.controller = jtc.TrajectoryController(self.robot.joint_names, position)
+
     def chunks(self, since: float) -> list[JointTrajectory]:
         """Trajectories of more than a point that were heard since a time."""
         return [m for t, m in list(self.heard.trajectories) if t >= since and len(m.points) > 1]
@@ -285,6 +291,7 @@ class NodeUnderTest:
             "checkpoint": "random",  # not loaded: the scripted policy takes its place
             "inference_rate": 10.0,
             "output_timeout": 0.6,
+            "discovery_time": 1.0,
             "latency_log": str(rig.folder / f"{name}.jsonl"),
             "rt.fifo_priority": 0,
             "use_sim_time": rig.sim_time,

@@ -211,6 +211,32 @@ def test_pause_and_reset(rig: Rig, node: NodeUnderTest) -> None:
     rig.wait_running()
 
 
+def test_moved_by_hand_while_paused(rig: Rig, node: NodeUnderTest) -> None:
+    from std_srvs.srv import SetBool
+
+    rig.wait_running()
+    began = time.monotonic()
+    assert call(rig, SetBool, "/policy_node/pause", SetBool.Request(data=True)).success
+    rig.wait(lambda: rig.holds(began), "a hold")
+    place = np.array([-0.8, 1.2, 0.05])
+    rig.carry(place)
+    moved = time.monotonic()
+    _, again = rig.wait(lambda: rig.holds(moved), "the hold, repeated")[0]
+    np.testing.assert_allclose(again.points[0].positions, place, atol=1e-6)
+    place = np.array([0.8, 0.2, 0.05])
+    rig.carry(place)
+    time.sleep(0.1)  # joint states of the new place arrive
+    moved = time.monotonic()
+    assert call(rig, SetBool, "/policy_node/pause", SetBool.Request(data=False)).success
+    first = rig.wait(lambda: rig.chunks(moved), "a chunk")[0]
+    begun = np.array([first.points[0].positions])
+    assert np.abs(begun - place).max() < NEAR  # from where it stands, not from where it was held
+    assert "the robot was moved while it was held" in node.text()
+    rig.wait_running()
+    rig.check_commands()
+    _table.append({"fault": "moved by hand while paused", "hold after (s)": None})
+
+
 def test_inference_that_keeps_failing_deactivates(rig: Rig, node: NodeUnderTest) -> None:
     from lifecycle_msgs.msg import Transition
     from lifecycle_msgs.srv import ChangeState
@@ -234,7 +260,7 @@ def test_inference_that_keeps_failing_deactivates(rig: Rig, node: NodeUnderTest)
 
 def test_a_second_node_waits(rig: Rig, node: NodeUnderTest) -> None:
     rig.wait_running()
-    second = NodeUnderTest(rig, "second", summary_json=str(rig.folder / "second.json"))
+    second = NodeUnderTest(rig, "second", summary_json=str(rig.folder / "second.json"), discovery_time=4.0)
     try:
         rig.wait(lambda: "other publisher" in second.text(), "a warning of the second")
         rig.wait(lambda: "other publisher" in node.text(), "a warning of the first")
