@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,12 +21,10 @@ from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import expert_packing, nvfp4
 from hybrid_policy.kernels.fp8 import FP8Tensor
 from hybrid_policy.kernels.nvfp4 import NVFP4Tensor
-from hybrid_policy.kernels.nvrtc import Kernel
+from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
 
-GEMM_SOURCES, ATTENTION_SOURCES = (
-    tuple(Path(__file__).with_name(f"expert_{part}.cu") for part in ("common", kernel))
-    for kernel in ("gemm", "attention")
-)
+GEMM_SOURCES = kernel_sources("expert_common", "expert_gemm")
+ATTENTION_SOURCES = kernel_sources("expert_common", "expert_attention")
 THREADS = 256
 FORMATS = {"bf16": 0, "e4m3": 1, "nvfp4": 2}
 RESIDUAL, GEGLU, QKV = 0, 1, 2

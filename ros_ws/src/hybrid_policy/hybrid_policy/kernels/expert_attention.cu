@@ -118,8 +118,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                         score = key < end ? score * p.scale : MINUS_INFINITY;
                         best = fmaxf(best, score);
                     }
-                best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
-                best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+                best = quad_max(best);
                 if (t == 0) warp_top[warp][i * 16 + half * 8 + g] = best;
             }
         __syncthreads();
@@ -141,8 +140,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                     total_p += p0 + p1;
                     *reinterpret_cast<u32*>(p_memory + row * P_PITCH_BYTES + (warp * 16 + n * 8 + t * 2) * 2) = pack_bf16(p0, p1);
                 }
-                total_p += __shfl_xor_sync(0xffffffffu, total_p, 1);
-                total_p += __shfl_xor_sync(0xffffffffu, total_p, 2);
+                total_p = quad_sum(total_p);
                 if (t == 0) warp_sum[warp][row] = total_p;
             }
         __syncthreads();

@@ -9,39 +9,8 @@
 // This file is what the two kernels share; expert_gemm.cu and expert_attention.cu follow it in one source, compiled
 // once a configuration (expert.py has the macros).
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef unsigned long long u64;
-
 #define THREADS 256
 #define MINUS_INFINITY __int_as_float(0xff800000)
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void copy16(u32 to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
-// 16 bytes, or zeros where !use
-__device__ __forceinline__ void copy16_or_zero(u32 to, const void* from, bool use) {
-    int bytes = use ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-__device__ __forceinline__ void wait_for_predecessor() {
-#if PDL
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_dependents_start() {
-#if PDL
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 // The cluster's barrier in halves. A full release would drain every global write (MEMBAR.ALL.GPU, a microsecond); what
 // is published here is shared memory alone.
@@ -54,12 +23,6 @@ __device__ __forceinline__ void wait_for_cluster() {
 // after the last use of a peer's memory (what was read has been stored: the reads are done)
 __device__ __forceinline__ void leave_cluster() {
     asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
-}
-
-__device__ __forceinline__ u32 of_rank(u32 address, u32 rank) {
-    u32 there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-    return there;
 }
 
 __device__ __forceinline__ float4 load_remote4(u32 address) {
@@ -89,28 +52,6 @@ __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u3
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// bf16x2 product, rounded once (adding -0 changes nothing); subnormals are kept
-__device__ __forceinline__ u32 multiply(u32 a, u32 b) {
-    u32 d;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
-    return d;
-}
-
-__device__ __forceinline__ u32 pack_bf16(float low, float high) {
-    u32 d;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
-}
-
-__device__ __forceinline__ float low_of(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_of(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-
-__device__ __forceinline__ float exp2_of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 // gelu_tanh(g) * u

@@ -141,8 +141,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                     sum = fmaf(high_of(pairs[j]), high_of(pairs[j]), sum);
                 }
             }
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            sum = quad_sum(sum);
             if (tid % 4 == 0) square_sums[tid / 4] = sum;
         }
     }

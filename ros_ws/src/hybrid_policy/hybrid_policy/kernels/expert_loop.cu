@@ -111,7 +111,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS, 
             Squares sums;
             if (in_pair) {
                 const int row_tiles = stage == QKV ? 4 : 8;
-                if (at.tid == 0) expect_bytes(pair_barrier, tiles * GROUPS * 4096);
+                if (at.tid == 0) expect(pair_barrier, tiles * GROUPS * 4096);
                 push_to_pair(at, d, sums_memory, pair_barrier, stage == QKV ? part * GROUPS + at.group : part * (GROUPS / 2) + at.group / 2, stage == QKV ? row_tile : at.warp % 8, row_tiles);
                 sums.ask(at, mail + squares_at);
             } else {

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,11 +17,10 @@ from torch import Tensor
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import expert, expert_packing, packing
 from hybrid_policy.kernels.expert import Weight
-from hybrid_policy.kernels.nvrtc import Kernel
+from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
 
-SOURCES = tuple(
-    Path(__file__).with_name(f"expert_{part}.cu")
-    for part in ("common", "loop_parts", "loop_layout", "loop_attention", "loop")
+SOURCES = kernel_sources(
+    "expert_common", "expert_loop_parts", "expert_loop_layout", "expert_loop_attention", "expert_loop"
 )
 TILES, PARTS = 16, 8
 WIDTH, FEATURES, HEADS, HEAD_DIM = 1024, 4096, 8, 256

@@ -108,8 +108,7 @@ __device__ __forceinline__ void attend(
                     score = warp * 16 + n * 8 + t * 2 + j < count ? score * scale : MINUS_INFINITY;
                     best = fmaxf(best, score);
                 }
-            best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
-            best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+            best = quad_max(best);
             if (t == 0) m.top[warp][(row_half + i) * 16 + half * 8 + g] = best;
         }
     __syncthreads();
@@ -132,8 +131,7 @@ __device__ __forceinline__ void attend(
                 if (warp * 16 < KEYS)
                     *reinterpret_cast<u32*>(p_memory + row * P_PITCH + (warp * 16 + n * 8 + t * 2) * 2) = pack_bf16(p0, p1);
             }
-            total += __shfl_xor_sync(0xffffffffu, total, 1);
-            total += __shfl_xor_sync(0xffffffffu, total, 2);
+            total = quad_sum(total);
             if (t == 0) m.sum[warp][row] = total;
         }
     __syncthreads();

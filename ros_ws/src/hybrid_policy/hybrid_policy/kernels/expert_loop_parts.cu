@@ -10,32 +10,12 @@ constexpr u32 EMPTY = 0xffffffffu;     // a word of mail that nobody has written
 constexpr u32 PATIENCE = 1u << 23;     // polls before a wait is called a hang (seconds)
 
 __device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
-// what ordinary stores left in shared memory is next read by wgmma
-__device__ __forceinline__ void publish_to_tensor_core() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- barriers that count bytes
 
-__device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void expect_bytes(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
 __device__ __forceinline__ void wait_bytes(u32 barrier, u32 parity) {
-    for (u32 tries = 0;; tries++) {
-        u32 done;
-        asm volatile("{\n.reg .pred p;\n"
-                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-                     "selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-        if (done) return;
+    for (u32 tries = 0; !passed(barrier, parity); tries++)
         if (tries > PATIENCE) __trap();
-    }
 }
 
 // ---- weights: one bulk copy brings the next piece of all warps, in the order of their use, as soon as the last of
@@ -62,7 +42,7 @@ struct Ring {
 
     __device__ __forceinline__ void ask(int into, int size, u64 policy) const {
         const u32 barrier = barriers + into * 8;
-        expect_bytes(barrier, size);
+        expect(barrier, size);
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                      ::"r"(data + into * SLOT), "l"(next), "r"(size), "r"(barrier), "l"(policy) : "memory");
     }
@@ -233,12 +213,6 @@ __device__ __forceinline__ void warpgroup_mma(float (&d)[4 * NT], const u32 (&a)
 #endif
 }
 
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LEFT> __device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-}
-
 // One k step of the A operand from a lane's words. E4M3: a word holds (k8; r8, e), by halves e: row 2g's sign and magnitude
 // at bits 15 and 10..4, as a bf16 wants them; row 2g + 1's sign at 11, its magnitude's upper three bits at 14..12 and lower
 // four at 3..0. NVFP4: packing.pack_words; scales: bf16 of s * 2^119 of both rows. (13 and 15 instructions; expert_common's
@@ -294,17 +268,17 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, u32 x, i
                 if constexpr (FORMAT == 2) scales = k == 0 ? s[i].x : k == 1 ? s[i].y : k == 2 ? s[i].z : s[i].w;
                 operand_of<FORMAT>(a[k], w[i], k, scales);
             }
-            wgmma_fence();
+            products_begin();
 #pragma unroll
             for (int k = 0; k < BATCH; k++) {
                 const int step = i * BATCH + k;
                 warpgroup_mma(d, a[k], here + (u64)((step / 4 * (MT * 128) + step % 4 * 32) >> 4));
             }
-            wgmma_commit();
-            if (i >= 1 && i + 1 < SIXTEENS) wgmma_wait<1>();  // the registers of the batch before are free
+            products_commit();
+            if (i >= 1 && i + 1 < SIXTEENS) products_wait<1>();  // the registers of the batch before are free
         }
         ring.used(ticket, lane, policy);
-        wgmma_wait<0>();
+        products_wait<0>();
     }
 }
 

@@ -39,19 +39,6 @@ __device__ __forceinline__ void fetch_w(const Arguments& a, u32 base, u32 full, 
     else copy_box_to(to, a.w, chunk * KT, column0 + cm * (NT / CM), full + 8 * s, (u16)(3 << CM * cn));
 }
 
-__device__ __forceinline__ u32 bf16_pair(float low, float high) {
-    u32 d;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
-}
-
-__device__ __forceinline__ u32 e4m3_four(float a, float b, float c, float d) {
-    u32 bytes;
-    asm("{\n.reg .b16 l, h;\ncvt.rn.satfinite.e4m3x2.f32 l, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 h, %4, %3;\n"
-        "mov.b32 %0, {l, h};\n}" : "=r"(bytes) : "f"(a), "f"(b), "f"(c), "f"(d));
-    return bytes;
-}
-
 __device__ __forceinline__ float gelu_tanh_of(float x) {
     float t, inner = x * (0.7978845608028654f + 0.035677408136300125f * x * x), half = 0.5f * x;
     asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(inner));  // 2^-11: FP8 keeps 2^-4
@@ -160,9 +147,9 @@ void fp8_product(const __grid_constant__ Arguments a) {
 #if GELU
             float f = a.out_inverse;
             *(u32*)((u8*)a.out + place) =
-                e4m3_four(gelu_tanh_of(y.x) * f, gelu_tanh_of(y.y) * f, gelu_tanh_of(y.z) * f, gelu_tanh_of(y.w) * f);
+                pack_e4m3(gelu_tanh_of(y.x) * f, gelu_tanh_of(y.y) * f, gelu_tanh_of(y.z) * f, gelu_tanh_of(y.w) * f);
 #else
-            *(uint2*)((u16*)a.out + place) = make_uint2(bf16_pair(y.x, y.y), bf16_pair(y.z, y.w));
+            *(uint2*)((u16*)a.out + place) = make_uint2(pack_bf16(y.x, y.y), pack_bf16(y.z, y.w));
 #endif
         }
     }

@@ -6,16 +6,15 @@ import ctypes
 import functools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels.nvrtc import Kernel
+from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
 from hybrid_policy.kernels.tensor_map import tensor_map
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("wgmma_common.cu", "fp8_product.cu"))
+SOURCES = kernel_sources("wgmma_common", "fp8_product")
 THREADS = 288
 ROWS = 128
 #: shared memory of a block on compute capability 9.0, less what barriers, bias and alignment take

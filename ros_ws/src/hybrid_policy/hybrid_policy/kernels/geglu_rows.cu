@@ -6,8 +6,6 @@
 //
 // Macros: WIDTH, THREADS (WIDTH % (8 * THREADS) == 0), BLOCKS (a multiprocessor), PDL.
 
-typedef unsigned int u32;
-
 #define CHUNKS (WIDTH / (8 * THREADS))
 
 struct Arguments {
@@ -16,21 +14,6 @@ struct Arguments {
     uint2* out;          // e4m3 [rows, WIDTH]
     float* out_scale;    // [rows]: largest / 448
 };
-
-__device__ __forceinline__ float low_of(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_of(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-
-__device__ __forceinline__ u32 pack_bf16(float low, float high) {
-    u32 d;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
-}
-
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-    float c;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
-    return c;
-}
 
 // 2 gelu_tanh(g) * u
 __device__ __forceinline__ float twice_geglu(float g, float u) {
@@ -43,13 +26,6 @@ __device__ __forceinline__ u32 pair_of(u32 g, u32 u, float factor, float& larges
     float a = twice_geglu(low_of(g) * factor, low_of(u)), b = twice_geglu(high_of(g) * factor, high_of(u));
     largest = max_or_nan(largest, max_or_nan(fabsf(a), fabsf(b)));
     return pack_bf16(a, b);
-}
-
-__device__ __forceinline__ u32 pack_e4m3(float a, float b, float c, float d) {
-    u32 bytes;
-    asm("{\n.reg .b16 l, h;\ncvt.rn.satfinite.e4m3x2.f32 l, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 h, %4, %3;\n"
-        "mov.b32 %0, {l, h};\n}" : "=r"(bytes) : "f"(a), "f"(b), "f"(c), "f"(d));
-    return bytes;
 }
 
 __device__ __forceinline__ uint4 load16(const uint4* p) {

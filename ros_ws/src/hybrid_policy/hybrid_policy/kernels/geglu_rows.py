@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hybrid_policy.kernels.nvrtc import Kernel
+from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
 
-SOURCES = (Path(__file__).with_name("geglu_rows.cu"),)
+SOURCES = kernel_sources("geglu_rows")
 
 
 class _Arguments(ctypes.Structure):

@@ -21,6 +21,11 @@ class CudaError(RuntimeError):
     """A call of the driver or of NVRTC failed; the message names it."""
 
 
+def kernel_sources(*names: str) -> tuple[Path, ...]:
+    """The files of one kernel: ``cuda_common.cu``, which all share, then ``<name>.cu`` each, beside this module."""
+    return tuple(Path(__file__).with_name(f"{name}.cu") for name in ("cuda_common", *names))
+
+
 @functools.cache
 def _nvrtc() -> ctypes.CDLL:
     """The library beside torch, else the system's."""

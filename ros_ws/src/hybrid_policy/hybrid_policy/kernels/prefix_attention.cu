@@ -9,9 +9,7 @@
 // At the end the partial sums lie in shared memory; each token is put together by one warp of the cluster, in the
 // order of the ranks, and leaves as bf16 or as FP8 with one scale a token: the largest value is known there.
 //
-// Macros: GROUP (query heads of the key/value head), CLUSTER, QUANTISE, PDL. expert_common.cu comes first.
-
-typedef unsigned long long u64;
+// Macros: GROUP (query heads of the key/value head), CLUSTER, QUANTISE, PDL. cuda_common.cu and expert_common.cu come first.
 
 #define HEAD_DIM 256
 #define TILE_ROWS 128
@@ -88,26 +86,6 @@ __device__ __forceinline__ u64 matrix(u32 address, u32 leading) {
     return (u64)((address & 0x3ffff) >> 4) | ((u64)(leading >> 4) << 16) | ((u64)(1024 >> 4) << 32) | (1ull << 62);
 }
 
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LEFT>
-__device__ __forceinline__ void wait_for_products() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-}
-// the compiler must not read accumulators before the wait
-template <int N>
-__device__ __forceinline__ void settled(float (&x)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT>
-__device__ __forceinline__ void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads what these copies wrote
-}
-
 // Rows from row `first` of a matrix of `rows` rows of 256 columns, zeros behind its end; all threads, a warp a row. The
 // 16-byte pieces of a row of 128 bytes are swizzled by the row (row % 8, which is the warp).
 template <int ROWS>
@@ -118,15 +96,6 @@ __device__ __forceinline__ void copy_rows(u32 to, const u16* from, int first, in
 #pragma unroll
     for (int i = 0; i < ROWS / 8; i++)  // nothing is read where the count of bytes is zero
         copy16_or_zero(place + (i / 8) * TILE_BYTES + (i % 8) * 1024, source + i * 8 * HEAD_DIM, first + warp + 8 * i < rows);
-}
-
-__device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
 // One tile's scores to unnormalised probabilities, and the factors of what was summed before. Rows g and g + 8 of a thread; columns 8 j + 2 (lane % 4) + {0, 1}.
@@ -166,26 +135,13 @@ __device__ __forceinline__ void start_scores(float (&s)[32], u64 q, u64 keys) {
         u32 at = ((k / 4) * SUBTILE + (k % 4) * 32) >> 4;  // addresses in a descriptor count 16 bytes
         scores_step(s, q + at, keys + at, k > 0);
     }
-    commit_products();
+    products_commit();
 }
 
 __device__ __forceinline__ void start_values(float (&o)[128], u32 (&p)[16], u64 values) {
 #pragma unroll
     for (int k = 0; k < 4; k++) values_step(o, p + 4 * k, values + (k * 2048 >> 4));
-    commit_products();
-}
-
-__device__ __forceinline__ u32 pack_e4m3(float a, float b, float c, float d) {
-    u32 bytes;
-    asm("{\n.reg .b16 l, h;\ncvt.rn.satfinite.e4m3x2.f32 l, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 h, %4, %3;\n"
-        "mov.b32 %0, {l, h};\n}" : "=r"(bytes) : "f"(a), "f"(b), "f"(c), "f"(d));
-    return bytes;
-}
-
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-    float c;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
-    return c;
+    products_commit();
 }
 
 __device__ __forceinline__ float2 load_remote2(u32 address) {
@@ -286,44 +242,44 @@ void prefix_attention(const __grid_constant__ Arguments a) {
     if (count > 0) {
         copy_rows<TILE_ROWS>(shared, a.q, tile * TILE_ROWS, rows);
         copy_rows<TILE_KEYS>(keys_of(0), a.keys, first_of(0), total);
-        commit_copies();
+        copies_commit();
         copy_rows<TILE_KEYS>(values_of(0), a.values, first_of(0), total);
         copy_rows<TILE_KEYS>(keys_of(1), a.keys, first_of(1), total);
-        commit_copies();
-        wait_for_copies<1>();
+        copies_commit();
+        copies_wait<1>();
         __syncthreads();
         float s[32];
         u32 p[16];
-        begin_products();
+        products_begin();
         start_scores(s, q, matrix(keys_of(0), 16));
-        wait_for_products<0>();
-        settled(s);
+        products_wait<0>();
+        pin(s);
         softmax_tile(s, top, sum, correction, first_of(0), total, a.scale_log2);
         pack_tile(s, p);
         for (int i = 0; i < count - 1; i++) {
-            wait_for_copies<0>();
+            copies_wait<0>();
             __syncthreads();  // values i and keys i + 1 are there, and nobody reads values i - 1 or keys i any more
             copy_rows<TILE_KEYS>(values_of(i + 1), a.values, first_of(i + 1), total);
             copy_rows<TILE_KEYS>(keys_of(i + 2), a.keys, first_of(i + 2), total);
-            commit_copies();
-            begin_products();
+            copies_commit();
+            products_begin();
             start_scores(s, q, matrix(keys_of(i + 1), 16));
             start_values(o, p, matrix(values_of(i), SUBTILE));
-            wait_for_products<1>();
-            settled(s);
+            products_wait<1>();
+            pin(s);
             softmax_tile(s, top, sum, correction, first_of(i + 1), total, a.scale_log2);
-            wait_for_products<0>();
-            settled(o);
+            products_wait<0>();
+            pin(o);
             pack_tile(s, p);  // not before: the product that just ended read p
 #pragma unroll
             for (int j = 0; j < 128; j++) o[j] *= correction[j / 2 % 2];
         }
-        wait_for_copies<0>();
+        copies_wait<0>();
         __syncthreads();
-        begin_products();
+        products_begin();
         start_values(o, p, matrix(values_of(count - 1), SUBTILE));
-        wait_for_products<0>();
-        settled(o);
+        products_wait<0>();
+        pin(o);
     }
     sum[0] = quad_sum(sum[0]);
     sum[1] = quad_sum(sum[1]);

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels.nvrtc import Kernel
+from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("expert_common.cu", "prefix_attention.cu"))
+SOURCES = kernel_sources("expert_common", "prefix_attention")
 THREADS = 256
 HEAD_DIM = 256
 #: rows (tokens x heads) of a block

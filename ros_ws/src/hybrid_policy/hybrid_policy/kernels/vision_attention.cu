@@ -32,17 +32,13 @@ __device__ __forceinline__ u64 plain_operand(u32 address, u32 leading, u32 strid
     return (u64)((address & 0x3ffff) >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32;
 }
 
-__device__ __forceinline__ void copy_piece(u32 to, const u16* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
 template <int ROWS>
 __device__ __forceinline__ void copy_head(u32 to, const u16* from) {
     constexpr int STRIDE = ROWS * 16 + 16;
 #pragma unroll
     for (int i = 0; i < (ROWS * PIECES + THREADS - 1) / THREADS; i++) {
         int id = threadIdx.x + i * THREADS, row = id / PIECES, piece = id % PIECES;
-        if (ROWS * PIECES % THREADS == 0 || row < ROWS) copy_piece(to + piece * STRIDE + row * 16, from + (long long)row * 3 * WIDTH + piece * 8);
+        if (ROWS * PIECES % THREADS == 0 || row < ROWS) copy16(to + piece * STRIDE + row * 16, from + (long long)row * 3 * WIDTH + piece * 8);
     }
     if (PADDED > PIECES)
         for (int row = threadIdx.x; row < ROWS; row += THREADS)
@@ -51,21 +47,8 @@ __device__ __forceinline__ void copy_head(u32 to, const u16* from) {
 
 template <int LEFT>
 __device__ __forceinline__ void copies_landed() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads what these copies wrote
+    copies_wait<LEFT>();
     __syncthreads();
-}
-
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ u32 bf16_pair(float low, float high) {
-    u32 d;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void vision_attention(const __grid_constant__ Arguments a) {
@@ -78,9 +61,9 @@ extern "C" __global__ __launch_bounds__(THREADS) void vision_attention(const __g
     let_dependents_start();
     copy_head<BLOCK>(base, from + (long long)block * BLOCK * 3 * WIDTH);
     copy_head<TOKENS>(base + K_AT, from + WIDTH);
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    copies_commit();
     copy_head<TOKENS>(base + V_AT, from + 2 * WIDTH);
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    copies_commit();
     copies_landed<1>();
     float s[TOKENS / 2];
     u64 q = plain_operand(base + threadIdx.x / 128 * 1024, Q_STRIDE, 128), k = plain_operand(base + K_AT, K_STRIDE, 128);
@@ -97,21 +80,19 @@ extern "C" __global__ __launch_bounds__(THREADS) void vision_attention(const __g
     for (int i = 0; i < TOKENS / 2; i++) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
-        top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2)) * a.scale_log2;
+        top[r] = quad_max(top[r]) * a.scale_log2;
     }
     u32 p[TOKENS / 4];
 #pragma unroll
     for (int i = 0; i < TOKENS / 4; i++) {
-        float low = exp2_approx(s[2 * i] * a.scale_log2 - top[i % 2]);
-        float high = exp2_approx(s[2 * i + 1] * a.scale_log2 - top[i % 2]);
+        float low = exp2_of(s[2 * i] * a.scale_log2 - top[i % 2]);
+        float high = exp2_of(s[2 * i + 1] * a.scale_log2 - top[i % 2]);
         sum[i % 2] += low + high;
-        p[i] = bf16_pair(low, high);
+        p[i] = pack_bf16(low, high);
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
-        sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 2);
+        sum[r] = quad_sum(sum[r]);
     }
     copies_landed<0>();
     float o[HEAD_DIM / 2];
@@ -135,7 +116,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void vision_attention(const __g
             asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(y * a.inverse), "f"(x * a.inverse));
             *(u16*)((u8*)a.out + place + 8 * j) = pair;
 #else
-            *(u32*)((u16*)a.out + place + 8 * j) = bf16_pair(x, y);
+            *(u32*)((u16*)a.out + place + 8 * j) = pack_bf16(x, y);
 #endif
         }
     }

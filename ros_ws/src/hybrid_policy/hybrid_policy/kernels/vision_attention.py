@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +12,9 @@ from torch import Tensor
 
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels.norm import E4M3_MAX
-from hybrid_policy.kernels.nvrtc import Kernel
+from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("wgmma_common.cu", "vision_attention.cu"))
+SOURCES = kernel_sources("wgmma_common", "vision_attention")
 #: query rows of a warpgroup
 ROWS = 64
 

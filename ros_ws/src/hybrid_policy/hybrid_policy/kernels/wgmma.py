@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
 
 import torch
 
@@ -13,11 +12,11 @@ from hybrid_policy.kernels import activations, library, nvfp4, packing, wgmma_li
 from hybrid_policy.kernels.decode import NVFP4_ROW_FACTOR
 from hybrid_policy.kernels.gate_up import NormPrologue, PackedGateUp
 from hybrid_policy.kernels.nvfp4 import NVFP4Tensor
-from hybrid_policy.kernels.nvrtc import Kernel
+from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
 from hybrid_policy.kernels.tensor_map import tensor_map
 from hybrid_policy.kernels.wgmma_tiles import WgmmaTile
 
-SOURCES = tuple(Path(__file__).with_name(f"wgmma_{part}.cu") for part in ("common", "gate_up"))
+SOURCES = kernel_sources("wgmma_common", "wgmma_gate_up")
 ROUTE = "wgmma_gate_up (CUDA C++, sm_90a) at every size"
 
 

@@ -1,28 +1,15 @@
-// Hopper's building blocks (sm_90a): mbarriers, bulk and tensor copies, warpgroup products, NVFP4 decode.
+// Hopper's building blocks (sm_90a), behind cuda_common.cu: barriers, bulk and tensor copies, operands, NVFP4 decode.
 //
 // Every wait is a poll of an mbarrier's phase. With SPIN_LIMIT > 0 (tests) a poll that never ends traps.
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-typedef unsigned char u8;
 
 #ifndef SPIN_LIMIT
 #define SPIN_LIMIT 0
 #endif
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
 __device__ __forceinline__ u32 cluster_rank() {
     u32 rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
-}
-
-__device__ __forceinline__ u32 of_rank(u32 address, u32 rank) {
-    u32 there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-    return there;
 }
 
 // Blocks of the cluster meet. Publishes nothing but initialised barriers (barriers_initialised): a full release would
@@ -31,46 +18,13 @@ __device__ __forceinline__ void cluster_meet() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// ---------------------------------------------------------------------------------------------- dependent launches
-__device__ __forceinline__ void wait_for_predecessor() {
-#if PDL
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_dependents_start() {
-#if PDL
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 // --------------------------------------------------------------------------------------------------------- barriers
-__device__ __forceinline__ void barrier_init(u32 bar, u32 arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
-}
-
 __device__ __forceinline__ void barriers_initialised() {
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
 
-__device__ __forceinline__ void expect(u32 bar, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void arrive(u32 bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-
 __device__ __forceinline__ void arrive_at(u32 bar, u32 rank) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(of_rank(bar, rank)) : "memory");
-}
-
-__device__ __forceinline__ bool passed(u32 bar, u32 parity) {
-    u32 done;
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done) : "r"(bar), "r"(parity) : "memory");
-    return done;
 }
 
 __device__ __forceinline__ void wait(u32 bar, u32 parity) {
@@ -125,19 +79,6 @@ __device__ __forceinline__ u64 operand(u32 address) {
     return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
 }
 
-__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LEFT>
-__device__ __forceinline__ void products_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-}
-// keeps the compiler from moving accesses of accumulators across a wait
-template <int N>
-__device__ __forceinline__ void pin(float (&d)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
-}
-
 template <int REGISTERS>
 __device__ __forceinline__ void more_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
@@ -148,12 +89,6 @@ __device__ __forceinline__ void fewer_registers() {
 }
 
 // ------------------------------------------------------------------------------------------------------------ numbers
-// bf16x2 product, rounded once (adding -0 changes nothing); subnormals are kept
-__device__ __forceinline__ u32 multiply(u32 a, u32 b) {
-    u32 d;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
-    return d;
-}
 
 // One thread's register operand of a k step: ``word`` in the order of packing.pack_words, ``scales`` two bytes (rows r
 // and r + 8) at ``position``: five bits of exponent and three of mantissa, s * 2**119 once they stand in a bf16.

@@ -52,9 +52,7 @@ __device__ __forceinline__ u32 larger(u32 a, u32 b) {
 // four bf16 times a power of two, to E4M3
 __device__ __forceinline__ u32 quantise4(u32 first, u32 second, u32 factor) {
     const u32 a = multiply(first, factor), b = multiply(second, factor);
-    const u16 low = to_e4m3x2(__uint_as_float(a << 16), __uint_as_float(a & 0xffff0000u));
-    const u16 high = to_e4m3x2(__uint_as_float(b << 16), __uint_as_float(b & 0xffff0000u));
-    return (u32)low | (u32)high << 16;
+    return pack_e4m3(low_of(a), high_of(a), low_of(b), high_of(b));
 }
 
 // This warpgroup's groups of x to E4M3, four lanes a token and group. Rows beyond the tokens repeat the last one.

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
 
 import torch
 
-from hybrid_policy.kernels.nvrtc import Kernel
+from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
 from hybrid_policy.kernels.tensor_map import tensor_map
 from hybrid_policy.kernels.wgmma_tiles import SHARED, LinearTile
 
-SOURCES = tuple(Path(__file__).with_name(f"wgmma_{part}.cu") for part in ("common", "linear"))
+SOURCES = kernel_sources("wgmma_common", "wgmma_linear")
 #: Polls of a barrier after which a kernel traps instead of hanging; 0: never. Set by tests.
 SPIN_LIMIT = 0
 _KINDS = {None: 0, torch.bfloat16: 1, torch.float32: 2}

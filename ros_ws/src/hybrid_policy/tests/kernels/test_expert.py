@@ -1,12 +1,12 @@
 """The expert's cluster kernels: packing on any machine, machine code where nvcc is, results where a GPU is."""
 
 import math
-import shutil
-import subprocess
 
 import pytest
 import torch
 from hybrid_policy.kernels import expert, expert_packing, fp8, nvfp4, qkv
+
+from .machine_code import compiled, nvcc
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 FULL = {  # (epilogue, N, K) of pi0.5's expert
@@ -117,8 +117,8 @@ def test_a_width_that_does_not_divide_has_no_plan():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_110", "sm_120"])
+@nvcc
+@pytest.mark.parametrize("arch", ["90", "100", "110", "120"])
 @pytest.mark.parametrize("name", [*FULL, "attention"])
 def test_compiles_without_spilling(tmp_path, arch, name):
     heads = {"HEADS": 8, "KV_HEADS": 1, "HEAD_DIM": 256, "PDL": 1}
@@ -137,23 +137,8 @@ def test_compiles_without_spilling(tmp_path, arch, name):
                 }
             )  # fmt: skip
     sources = expert.ATTENTION_SOURCES if name == "attention" else expert.GEMM_SOURCES
-    source = tmp_path / "whole.cu"
-    source.write_text("\n".join(part.read_text() for part in sources))
     for macros in configurations:
-        command = [
-            "nvcc",
-            "-cubin",
-            f"-arch={arch}",
-            "-std=c++17",
-            "-Xptxas",
-            "-v",
-            "-o",
-            str(tmp_path / "x.cubin"),
-        ]
-        command += [f"-D{key}={value}" for key, value in macros.items()] + [str(source)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "0 bytes stack frame, 0 bytes spill stores" in done.stderr
+        compiled(tmp_path, sources, macros, arch=arch)
 
 
 def weight_of(fmt, n, k):

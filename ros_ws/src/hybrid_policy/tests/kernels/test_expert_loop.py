@@ -1,8 +1,6 @@
 """The loop kernel: packing on any machine, machine code where nvcc is, results where a Hopper GPU is."""
 
 import math
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -10,6 +8,8 @@ from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import expert, expert_loop, fp8, nvfp4
 from hybrid_policy.kernels.expert_reference import ReferenceLayer, layer_reference
 from hybrid_policy.kernels.qkv import rope_tables
+
+from .machine_code import compiled, disassembled, nvcc
 
 H100_LIMIT = 232448  # bytes of shared memory a block
 HYBRID = {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "e4m3"}
@@ -100,24 +100,17 @@ def test_what_does_not_fit_has_no_plan(tokens, capacity):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@nvcc
 @pytest.mark.parametrize("formats", [HYBRID, BF16], ids=["hybrid", "bf16"])
 @pytest.mark.parametrize("groups", [2, 4])
 def test_machine_code(tmp_path, formats, groups):
     """No spills, wgmma in flight (a serialised one waits for each product), the host's count of shared memory."""
-    source = tmp_path / "loop.cu"
     plan = expert_loop.plan_loop(50, 762, formats, H100_LIMIT, groups)
-    text = "\n".join(part.read_text() for part in expert_loop.SOURCES)
-    source.write_text(f"{text}\nstatic_assert(SHARED == {plan.shared()} && MAIL == {plan.mail_words * 4});\n")
     macros = {"GROUPS": groups, "TOKENS": 50, "MT": 56, "KEYS": plan.keys, "SLOTS": plan.slots, "PDL": 1, "TRACE": 0}
     macros |= {"BACKOFF": 20, "FENCED": 1}
     macros |= {f"FORMAT_{name.upper()}": expert.FORMATS[fmt] for name, fmt in formats.items()}
-    command = ["nvcc", "-cubin", "-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-Xptxas", "-v"]
-    command += ["-o", str(tmp_path / "x.cubin"), *(f"-D{key}={value}" for key, value in macros.items()), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "0 bytes stack frame, 0 bytes spill stores" in done.stderr
-    assert "serialized" not in done.stderr
+    counted = f"static_assert(SHARED == {plan.shared()} && MAIL == {plan.mail_words * 4});"
+    assert "HGMMA" in disassembled(compiled(tmp_path, expert_loop.SOURCES, macros, epilogue=counted))
 
 
 def weight_of(fmt, n, k):

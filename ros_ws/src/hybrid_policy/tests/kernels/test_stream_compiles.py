@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import tempfile
-from pathlib import Path
 
 import pytest
 import triton
@@ -14,8 +13,9 @@ from hybrid_policy.kernels.stream_gemm import stream_gemm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .machine_code import TOOLS, disassembled, loop_instructions
+
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = [89, 90, 100, 110, 120]
 TENSOR_CORE = {89: r"\b[HQ]MMA", 90: r"\b[HQ]GMMA", 100: r"\bUTC[HQ]MMA", 110: r"\bUTC[HQ]MMA", 120: r"\b[HQ]MMA"}
 WEIGHTS = {"bf16": "bf16", "fp8": "fp8e4nv", "nvfp4": "i32"}
@@ -61,28 +61,11 @@ def disassemble(program):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(program.asm["cubin"])
         file.flush()
-        code = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        code = disassembled(file.name)
         usage = subprocess.run(
             [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
         )
     return code, int(re.search(r"STACK:(\d+)", usage.stdout).group(1))
-
-
-def loop_instructions(code):
-    """Instructions of the smallest loop that holds the most tensor-core instructions."""
-    labels, instructions = {}, []
-    for line in code.splitlines():
-        if label := re.match(r"^(\.L_x_\d+):", line):
-            labels[label.group(1)] = len(instructions)
-        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            instructions.append(found.group(1))
-    loops = []
-    for index, text in enumerate(instructions):
-        target = re.search(r"BRA.*?(\.L_x_\d+)", text)
-        if target and labels.get(target.group(1), index) < index:
-            body = instructions[labels[target.group(1)] : index + 1]
-            loops.append((-sum("MMA" in t for t in body), len(body)))
-    return min(loops)[1]
 
 
 @pytest.mark.parametrize("target", TARGETS)

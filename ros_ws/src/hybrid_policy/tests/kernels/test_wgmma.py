@@ -2,8 +2,6 @@
 
 import os
 import random
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from hybrid_policy.kernels.gate_up import NormPrologue, geglu_reference, prepare
 from hybrid_policy.kernels.linear import prepare
 from hybrid_policy.kernels.wgmma_tiles import WgmmaTile
 
-from .test_stream_compiles import TOOLS, loop_instructions
+from .machine_code import compiled, disassembled, loop_instructions, nvcc
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0")]
@@ -102,22 +100,6 @@ def test_tiles_fit(n, k):
         assert linear is None or (m <= 64 and linear.cluster * linear.groups * 128 == k)
 
 
-def compiled(tmp_path, sources, prelude, macros):
-    """Machine code, once a line an instruction; without a stack and without products that wait for each other."""
-    source, cubin = tmp_path / "whole.cu", tmp_path / "x.cubin"
-    source.write_text("\n".join([prelude, *(part.read_text() for part in sources)]))
-    command = ["nvcc", "-cubin", "-gencode", "arch=compute_90a,code=sm_90a", "-std=c++17", "-Xptxas", "-v"]
-    command += [f"-D{key}={value}" for key, value in macros.items()] + ["-o", str(cubin), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "0 bytes stack frame, 0 bytes spill stores" in done.stderr
-    assert "Potential Performance Loss" not in done.stderr
-    return subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
-
-
-nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-
-
 @nvcc
 @pytest.mark.parametrize(
     ("m", "n", "k", "most"), [(50, 8192, 1024, 4.5), (50, 32768, 2048, 4.5), (560, 32768, 2048, 3.5)]
@@ -126,7 +108,7 @@ nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_gate_up_compiles_without_spilling(tmp_path, m, n, k, most, extras):
     tile = wgmma_tiles.gate_up_tile(m, n, k)
     options = wgmma.macros(tile, k // 64, fp8_out=extras, squares=extras, shifts=extras, pdl=True)
-    code = compiled(tmp_path, wgmma.SOURCES, wgmma.product_source(tile.nt), options)
+    code = disassembled(compiled(tmp_path, wgmma.SOURCES, options, prelude=wgmma.product_source(tile.nt)))
     assert f"HGMMA.64x{tile.nt}x16" in code
     # two chunks of 64 columns an iteration, 16 rows of each product a warp: everything in the loop, not decode alone
     assert loop_instructions(code) / (2 * 64 * 16 * tile.mt / 32) < most
@@ -139,7 +121,8 @@ def test_down_compiles_without_spilling(tmp_path, m, given):
     options = wgmma_linear.macros(
         tile, given=given, bias=False, gate=torch.float32, residual=torch.bfloat16, out=torch.bfloat16, pdl=True
     )
-    code = compiled(tmp_path, wgmma_linear.SOURCES, wgmma_linear.product_source(tile.nt), options)
+    prelude = wgmma_linear.product_source(tile.nt)
+    code = disassembled(compiled(tmp_path, wgmma_linear.SOURCES, options, prelude=prelude))
     assert f"QGMMA.64x{tile.nt}x32" in code
 
 
