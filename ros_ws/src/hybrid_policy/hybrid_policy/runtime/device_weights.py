@@ -352,7 +352,7 @@ def _cluster_layer(
 
 def _expert_loop(packer: _Packer, config: Pi05Config, modulations: Modulations, pdl: bool) -> ExpertLoop:
     gemma = config.expert
-    capacity = len(config.cameras) * config.image_tokens + config.max_token_len + config.horizon
+    capacity = config.prefix_tokens + config.horizon
     loop: ExpertLoop | None = None
     for i in range(gemma.depth):
         attention, mlp = f"{EXPERT}layers.{i}.self_attn.", f"{EXPERT}layers.{i}.mlp."

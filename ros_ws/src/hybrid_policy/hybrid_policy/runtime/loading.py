@@ -219,7 +219,7 @@ def choose_table(
     if recipe.prefix_cache == "bf16" and all(p in known for p in formats.values()):
         stored = {name: known[p] for name, p in formats.items()}
         heads = (gemma.heads, gemma.kv_heads, gemma.head_dim)
-        rows = len(config.cameras) * config.image_tokens + config.max_token_len + config.horizon
+        rows = config.prefix_tokens + config.horizon
         if expert_loop.fits_device(device, config.horizon, rows, gemma.width, gemma.mlp_dim, heads, stored):
             return table
         if expert_kernels.fits_device(device, config.horizon, gemma.width, gemma.mlp_dim, heads, stored):
