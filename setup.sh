@@ -65,7 +65,8 @@ if [ -n "${TORCH_INDEX_URL:-}" ]; then
 else
   pip install -q -c constraints.txt torch
 fi
-pip install -q -c constraints.txt --no-build-isolation -e "$package[$extras]"
+# The warning is of folders beside the package that bear its name: there are none, and it reads like an error.
+PYTHONWARNINGS="ignore:Editable installation" pip install -q -c constraints.txt --no-build-isolation -e "$package[$extras]"
 # gym-aloha: only its MJCF and meshes are used; its own dependencies (dm_control and more) are not.
 pip install -q -c constraints.txt --no-deps gym-aloha
 
