@@ -49,7 +49,10 @@ class RobotHold:
         """Stop the robot where it is told to be now, or where it is (``timeouts.action`` none: send nothing)."""
         if not self._sends:
             return
-        position = hold_position(self._robot, self.commanded, self.measured(now), self._tolerance)
+        measured = self.measured(now)
+        if measured is None:
+            measured = self._seen_away()
+        position = hold_position(self._robot, self.commanded, measured, self._tolerance)
         if position is None:
             self._reports.error("hold", "cannot hold: the robot's position is not known, nothing sent")
             return
@@ -57,6 +60,19 @@ class RobotHold:
         self._cycle.hold(now, position)
         self._output.hold(position, now)
         self._last = time.monotonic_ns()
+
+    def _seen_away(self) -> NDArray[np.float64] | None:
+        """float64 [commands]: where the robot was last seen, if that was not where it had been told to be then.
+
+        A robot that did not follow its command (blocked) must not be sent to it when joint states stop or the
+        clock jumps; one that followed has gone on with its command since.
+        """
+        newest = self._buffer.newest_joints()
+        if self._twist or newest is None:
+            return None
+        stamp, seen = newest[0], newest[1][self._robot.command_index]
+        told = self._cycle.timeline.sample(stamp)
+        return seen if told is not None and np.abs(seen - told[0]).max() > self._tolerance else None
 
     def repeat(self, now: int, steady: int) -> None:
         """Send the hold again, each tick or each `HOLD_REPEAT`, while it is known where the robot is."""

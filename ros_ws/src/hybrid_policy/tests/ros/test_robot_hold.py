@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hybrid_policy.control.chunk_timeline import Trajectory
 from hybrid_policy.control.cycle import ControlCycle, CycleSettings
 from hybrid_policy.control.observation_buffer import ObservationBuffer
 
@@ -84,6 +85,23 @@ def test_a_hold_is_not_repeated_blindly(tmp_path: Path) -> None:
     held.hold.repeat(T0 + 6 * SECOND, 2 * 10**18)
     held.hold.repeat(T0 + 6 * SECOND, 2 * 10**18 + 1)  # not again within a second
     assert len(held.sent.holds) == 2
+
+
+@pytest.mark.parametrize(("seen", "held_at"), [(0.1, 0.4), (-0.3, -0.3)], ids=["followed", "blocked"])
+def test_without_fresh_joint_states_a_blocked_robot_is_not_sent_to_its_command(
+    tmp_path: Path, seen: float, held_at: float
+) -> None:
+    held = Held(tmp_path, TWO_JOINTS)
+    a = held.robot.command_names.index("a")
+    start, end = np.full(2, 0.05), np.full(2, 0.05)
+    start[a], end[a] = 0.1, 0.4
+    still = np.zeros(2)
+    held.cycle.timeline.commit(Trajectory(T0, np.ones(1), end[None], still[None], start, still))
+    held.stands(T0, a=seen)  # told to be at 0.1 then
+    now = T0 + 2 * SECOND
+    held.hold.commanded = held.cycle.timeline.sample(now)[0]  # type: ignore[index]
+    held.hold.begin(now)
+    assert held.sent.holds[-1][a] == held_at
 
 
 def test_a_twist_is_zero_at_every_tick(tmp_path: Path) -> None:
