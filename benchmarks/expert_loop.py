@@ -26,12 +26,15 @@ RECIPES = {
 }
 #: stretches of a layer, from one recorded clock to another
 EVENTS = {
-    "q k v: activations there": (0, 1), "q k v: product": (1, 2), "q k v: exchanged, posted": (2, 3),
-    "attention: all there": (4, 16), "attention: products": (16, 17), "attention: posted": (17, 18),
+    "q k v: activations there": (0, 1), "q k v: product": (1, 2), "q k v: sums of the block": (2, 20),
+    "q k v: sent to the pair": (20, 21), "q k v: posted": (21, 3),
+    "attention: all there": (4, 16), "attention: scores": (16, 24), "attention: weights": (24, 25),
+    "attention: products": (25, 17), "attention: posted": (17, 18),
     "attention: parts there": (18, 19), "attention: summed, posted": (19, 5), "o: activations there": (5, 6),
     "o: product": (6, 7), "o: partial sums posted": (7, 8), "o: summed, posted": (8, 9),
-    "gate up: activations there": (9, 10), "gate up: product": (10, 11), "gate up: exchanged, posted": (11, 12),
-    "down: activations there": (13, 14), "down: product, posted": (14, 15),
+    "gate up: activations there": (9, 10), "gate up: product": (10, 11), "gate up: sums of the block": (11, 22),
+    "gate up: sent to the pair": (22, 23), "gate up: posted": (23, 12),
+    "down: activations there": (13, 14), "down: product": (14, 26), "down: posted": (26, 15),
 }  # fmt: skip
 
 
@@ -121,7 +124,7 @@ def measure(formats, valid, layers=18, steps=10, tokens=50, **options):
     with torch.cuda.graph(graph):
         run()
     times = []
-    for _ in range(30):
+    for _ in range(300):
         a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         a.record()
         graph.replay()
@@ -129,6 +132,7 @@ def measure(formats, valid, layers=18, steps=10, tokens=50, **options):
         b.synchronize()
         times.append(a.elapsed_time(b) * 1e3)
     times.sort()
+    print(f'    p99/p50 {times[-1] / times[len(times) // 2]:.3f}', flush=True)
     return times[len(times) // 2] / (layers * steps), loop
 
 

@@ -58,7 +58,7 @@ class LoopPlan:
         """Bytes of dynamic shared memory; as laid out in expert_loop_layout.cu."""
         pitch = HEAD_DIM * 2 + 16
         x = -(-max(self.padded * 1024, self.keys * pitch) // 1024) * 1024
-        sums = max(self.groups * 16384, -(-self.keys * pitch // 128) * 128)
+        sums = max(self.groups * self.padded // 8 * 2048, -(-self.keys * pitch // 128) * 128)
         before = x + sums + 32 * pitch + 32 * (self.keys * 2 + 16)
         return -(-before // 128) * 128 + self.slots * self.slot
 
@@ -101,7 +101,7 @@ def plan_loop(tokens: int, capacity: int, formats: Mapping[str, str], limit: int
         return None
     padded = 56 if tokens <= 56 else 64
     slot = 32 * max(SIXTEEN[fmt][1] for fmt in formats.values())
-    for slots in range(8, 2, -1):
+    for slots in range(6, 2, -1):
         plan = LoopPlan(groups, tokens, padded, keys, slots, slot)
         if any(plan.steps(stage) % plan.piece(fmt)[0] for stage, fmt in formats.items()):
             return None
@@ -219,7 +219,7 @@ class ExpertLoop:
         self.vectors = torch.empty(steps, layers, rows + 2 * WIDTH, device=device)
         self._mail = torch.full((4, plan.mail_words), _EMPTY, dtype=torch.int32, device=device)
         self._parcels = torch.full((plan.parcel_words,), _EMPTY, dtype=torch.int32, device=device)
-        self.clocks = torch.zeros(blocks, layers, 24, dtype=torch.int64, device=device) if trace else None
+        self.clocks = torch.zeros(blocks, layers, 32, dtype=torch.int64, device=device) if trace else None
         chosen = {"BACKOFF": 20, "FENCED": 1} | (macros or {})
         macros = chosen | {
             "TOKENS": tokens,

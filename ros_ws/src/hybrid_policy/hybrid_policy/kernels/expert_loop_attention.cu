@@ -2,30 +2,30 @@
 // 32 rows (token * HEADS + head) a tile; each part has some of the prefix's keys and of the chunk's own.
 
 struct KeyRange {
-    int first, prefix;   // rows of the cache
-    int token, tokens;   // rows of the chunk
-    __device__ __forceinline__ KeyRange(int valid, int part) {
-        const int share = (valid + PARTS - 1) / PARTS;
-        constexpr int OWN = (TOKENS + PARTS - 1) / PARTS;
-        first = part * share, prefix = max(0, min(share, valid - first));
-        token = part * OWN, tokens = max(0, min(OWN, TOKENS - token));
+    u32 first, prefix;   // rows of the cache
+    u32 token, tokens;   // rows of the chunk
+    __device__ __forceinline__ KeyRange(u32 valid, u32 part) {
+        const u32 share = (valid + PARTS - 1) / PARTS;
+        constexpr u32 OWN = (TOKENS + PARTS - 1) / PARTS;
+        first = min(part * share, valid), prefix = min(share, valid - first);
+        token = min(part * OWN, (u32)TOKENS), tokens = min(OWN, TOKENS - token);
     }
-    __device__ __forceinline__ int count() const { return prefix + tokens; }
+    __device__ __forceinline__ u32 count() const { return prefix + tokens; }
 };
 
 // the prefix's rows were there before the launch: they come while the queries are still computed. Zeros behind all rows
 // up to a multiple of 16.
 __device__ __forceinline__ void fetch_prefix(const Place& at, const KeyRange& range, u32 to, const u16* cache) {
-    constexpr int PIECES = HEAD_DIM / 8;
-    const int row = at.tid / PIECES, piece = at.tid % PIECES;
+    constexpr u32 PIECES = HEAD_DIM / 8;
+    const u32 row = at.warp, piece = at.lane;  // a row a warp
+    static_assert(PIECES == 32, "a row a warp");
     const u16* from = cache + (size_t)(range.first + row) * HEAD_DIM + piece * 8;
     to += row * PITCH + piece * 16;
 #pragma unroll 2
-    for (int r = row; r < range.prefix; r += WORKERS / PIECES, from += WORKERS / PIECES * HEAD_DIM)
-        copy16(to + (r - row) * PITCH, from);
-    const int end = (range.count() + 15) / 16 * 16;
+    for (u32 r = row; r < range.prefix; r += WARPS, from += WARPS * HEAD_DIM) copy16(to + (r - row) * PITCH, from);
+    const u32 end = (range.count() + 15) / 16 * 16;
 #pragma unroll 1
-    for (int r = range.count() + row; r < end; r += WORKERS / PIECES) store_shared4(to + (r - row) * PITCH, make_uint4(0, 0, 0, 0));
+    for (u32 r = range.count() + row; r < end; r += WARPS) store_shared4(to + (r - row) * PITCH, make_uint4(0, 0, 0, 0));
 }
 
 struct AttentionMemory {
@@ -35,35 +35,43 @@ struct AttentionMemory {
 __device__ __forceinline__ void attend(
     const Place& at, const KeyRange& range, u8* memory, AttentionMemory& m, u8* mail, u8* next, u8* parcels, float scale, const Arguments& p, int layer) {
     const u32 base = shared_address(memory), k_to = base + A_X, v_to = base + A_SUMS, q_to = base + A_Q;
-    const int first_row = at.tile * QUERIES, lane = at.lane;
+    const u32 first_row = at.tile * QUERIES, lane = at.lane;
     // a warp has 16 keys, then 32 dims, for both halves of the rows or, of sixteen warps, for one
     constexpr int HALVES = 4 / GROUPS;
-    const int warp = at.warp % 8, row_half = at.warp / 8 * HALVES;
-    {  // pieces of the queries, and of the chunk's own keys and values: of both with two warpgroups, else of one
-        constexpr int PIECES = HEAD_DIM / 8, ROWS = WORKERS / PIECES, TURNS = QUERIES / ROWS, OWN = 4 / GROUPS;
-        const int row = at.tid / PIECES, piece = at.tid % PIECES, own_row = row % 8, of_values = row / 8;
-        const u8* const q_from = mail + M_Q + ((size_t)(first_row + row) * HEAD_DIM + piece * 8) * 2;
-        const u8* const own_from = mail + M_K + of_values * (M_V - M_K) + ((range.token + own_row) * HEAD_DIM + piece * 8) * 2;
-        static_assert((TOKENS + PARTS - 1) / PARTS <= 8 && M_V - M_K == MT * HEAD_DIM * 2, "one row a turn");
-        uint4 v[TURNS + OWN] = {};
-        u32 pending = own_row < range.tokens ? ((1u << OWN) - 1) << TURNS : 0;
+    const u32 warp = at.warp % 8, row_half = at.warp / 8 * HALVES;
+    {  // rows of the queries, and of the chunk's own keys and values: a lane has a piece of each
+        constexpr int TURNS = QUERIES / WARPS, OWN = 16 / WARPS;
+        static_assert(HEAD_DIM == 256 && (TOKENS + PARTS - 1) / PARTS <= 8 && M_V - M_K == MT * HEAD_DIM * 2, "a row a turn");
+        const u32 own_row = at.warp % 8, of_values = at.warp / 8;
+        const u8* const own_from = mail + M_K + of_values * (M_V - M_K) + (range.token + own_row) * (HEAD_DIM * 2) + lane * 16;
+        const u8* from[TURNS];
 #pragma unroll
-        for (int j = 0; j < TURNS; j++) {
-            if (first_row + row + j * ROWS < TOKENS * HEADS) pending |= 1u << j;
-        }
-        for (u32 tries = 0; pending; tries++) {
+        for (int j = 0; j < TURNS; j++)
+            from[j] = mail + M_Q + min(first_row + at.warp + j * WARPS, (u32)TOKENS * HEADS - 1) * (HEAD_DIM * 2) + lane * 16;
+        const bool own = own_row < range.tokens;
+        // each block that projects has 32 dims, and the 32 half a head away: a word of each
+        await_word(lane % 8 < 4 && own ? own_from + (int)(lane % 4 * 64 - lane * 16) : from[0] + (int)(lane % 4 * 64 - lane * 16));
+        uint4 v[TURNS + OWN];
+        for (u32 tries = 0;; tries++) {
+            u32 top = 0;
 #pragma unroll
-            for (int j = 0; j < TURNS + OWN; j++)
-                peek4_if(v[j], j < TURNS ? q_from + j * (ROWS * HEAD_DIM * 2) : own_from + (j - TURNS) * (M_V - M_K), pending & 1u << j);
+            for (int j = 0; j < TURNS; j++) v[j] = peek4(from[j]);
+            if (own)
 #pragma unroll
-            for (int j = 0; j < TURNS + OWN; j++)
-                if ((pending >> j & 1) && complete(v[j])) pending &= ~(1u << j);
+                for (int j = 0; j < OWN; j++) v[TURNS + j] = peek4(own_from + j * (M_V - M_K));
+#pragma unroll
+            for (int j = 0; j < TURNS; j++) top = max(top, top_of(v[j]));
+            if (own)
+#pragma unroll
+                for (int j = 0; j < OWN; j++) top = max(top, top_of(v[TURNS + j]));
+            if (top != EMPTY) break;
+            if (BACKOFF) __nanosleep(BACKOFF);
             if (tries > PATIENCE) __trap();
         }
 #pragma unroll
-        for (int j = 0; j < TURNS; j++) store_shared4(q_to + (row + j * ROWS) * PITCH + piece * 16, v[j]);
-        if (own_row < range.tokens) {
-            const u32 place = (range.prefix + own_row) * PITCH + piece * 16;
+        for (int j = 0; j < TURNS; j++) store_shared4(q_to + (at.warp + j * WARPS) * PITCH + lane * 16, v[j]);
+        if (own) {
+            const u32 place = (range.prefix + own_row) * PITCH + lane * 16;
             store_shared4((of_values ? v_to : k_to) + place, v[TURNS]);
             if (OWN == 2) store_shared4(v_to + place, v[TURNS + OWN - 1]);
         }
@@ -72,7 +80,7 @@ __device__ __forceinline__ void attend(
     __syncthreads();
     MARK(16);
 
-    const int count = range.count(), g = at.g, t = at.t;
+    const u32 count = range.count(), g = at.g, t = at.t;
     float s[HALVES][2][4], top[HALVES][2];
 #pragma unroll
     for (int i = 0; i < HALVES; i++)
@@ -95,6 +103,7 @@ __device__ __forceinline__ void attend(
             }
         }
     }
+    MARK(24);
 #pragma unroll
     for (int i = 0; i < HALVES; i++)
 #pragma unroll
@@ -117,7 +126,7 @@ __device__ __forceinline__ void attend(
     for (int i = 0; i < HALVES; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int row = (row_half + i) * 16 + half * 8 + g;
+            const u32 row = (row_half + i) * 16 + half * 8 + g;
             float best = m.top[0][row];
 #pragma unroll
             for (int w = 1; w < 8; w++) best = fmaxf(best, m.top[w][row]);
@@ -135,6 +144,7 @@ __device__ __forceinline__ void attend(
             if (t == 0) m.sum[warp][row] = total;
         }
     __syncthreads();
+    MARK(25);
     constexpr int DIMS = HEAD_DIM / 8;  // of a warp here, of a block below
     float acc[HALVES][DIMS / 8][4];
 #pragma unroll
@@ -146,7 +156,7 @@ __device__ __forceinline__ void attend(
     const u32 p_base = base + A_P + (row_half * 16 + lane % 16) * P_PITCH + (lane / 16) * 16;
     const u32 v_base = v_to + (lane % 16) * PITCH + (warp * DIMS + (lane / 16) * 8) * 2;
 #pragma unroll 2
-    for (int k = 0; k < (count + 15) / 16; k++) {
+    for (u32 k = 0; k < (count + 15) / 16; k++) {
         u32 a[HALVES][4];
 #pragma unroll
         for (int i = 0; i < HALVES; i++) ldmatrix4(a[i], p_base + i * 16 * P_PITCH + k * 32);
@@ -164,12 +174,12 @@ __device__ __forceinline__ void attend(
     MARK(17);
     // This part's result, normalised, goes to the parts that own its dims: warp w's to part w. A row's maximum and sum
     // go to all of them.
-    u8* const outgoing = parcels + P_SEEN + (size_t)((at.tile * PARTS + warp) * PARTS + at.part) * 2048 + lane * 8;
+    u8* const outgoing = parcels + (P_SEEN + ((at.tile * PARTS + warp) * PARTS + at.part) * 2048 + lane * 8);
 #pragma unroll
     for (int i = 0; i < HALVES; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int row = (row_half + i) * 16 + half * 8 + g;
+            const u32 row = (row_half + i) * 16 + half * 8 + g;
             float total = 0.0f;
 #pragma unroll
             for (int w = 0; w < 8; w++) total += m.sum[w][row];
@@ -180,7 +190,7 @@ __device__ __forceinline__ void attend(
                       pack_bf16(acc[i][n][half * 2] * inverse, acc[i][n][half * 2 + 1] * inverse),
                       pack_bf16(acc[i][n + 1][half * 2] * inverse, acc[i][n + 1][half * 2 + 1] * inverse));
             if (warp == 0 && t == 0) {
-                const int box = M_TOPS + ((at.tile * PARTS + at.part) * QUERIES + row) * 8;
+                const u32 box = M_TOPS + ((at.tile * PARTS + at.part) * QUERIES + row) * 8;
                 post2(mail + box, __float_as_uint(top[i][half]), __float_as_uint(total));
                 post2(next + box, EMPTY, EMPTY);
             }
@@ -188,32 +198,36 @@ __device__ __forceinline__ void attend(
     if (at.warp >= 8) return;
     // the owner: this warp's rows are those of quarter warp / 2, its dims two tiles of eight
     static_assert(DIMS == 32, "a warp's quarter");
-    const int quarter = warp / 2, r = quarter / 2 * 16 + quarter % 2 * 8 + g, row = first_row + r;
-    u8* const incoming = parcels + P_SEEN + (size_t)((at.tile * PARTS + at.part) * PARTS) * 2048 + warp * 256 + lane * 8;
-    const u8* const tops_at = mail + M_TOPS + (at.tile * PARTS * QUERIES + r) * 8;
+    const u32 quarter = warp / 2, r = quarter / 2 * 16 + quarter % 2 * 8 + g, row = first_row + r;
+    u8* const incoming = parcels + (P_SEEN + (at.tile * PARTS + at.part) * (PARTS * 2048) + warp * 256 + lane * 8);
+    const u8* const tops_at = mail + (M_TOPS + (at.tile * PARTS * QUERIES + r) * 8);
     uint2 stats[PARTS], parts[PARTS];
-#pragma unroll
-    for (int c = 0; c < PARTS; c++) stats[c] = peek2(tops_at + c * (QUERIES * 8)), parts[c] = peek2(incoming + c * 2048);
     MARK(18);
+    for (u32 tries = 0;; tries++) {
+        u32 top_word = 0;
+#pragma unroll
+        for (int c = 0; c < PARTS; c++) stats[c] = peek2(tops_at + c * (QUERIES * 8)), parts[c] = peek2(incoming + c * 2048);
+#pragma unroll
+        for (int c = 0; c < PARTS; c++) top_word = max(top_word, max(top_of(stats[c]), top_of(parts[c])));
+        if (top_word != EMPTY) break;
+        if (BACKOFF) __nanosleep(BACKOFF);
+        if (tries > PATIENCE) __trap();
+    }
+    MARK(19);
     float best = MINUS_INFINITY;
 #pragma unroll
-    for (int c = 0; c < PARTS; c++) {
-        stats[c] = await2(tops_at + c * (QUERIES * 8), stats[c]);
-        best = fmaxf(best, __uint_as_float(stats[c].x));
-    }
+    for (int c = 0; c < PARTS; c++) best = fmaxf(best, __uint_as_float(stats[c].x));
     float weight = 0.0f, o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int c = 0; c < PARTS; c++) {
         const float w = exp2_of(__uint_as_float(stats[c].x) - best) * __uint_as_float(stats[c].y);
-        const uint2 v = await2(incoming + c * 2048, parts[c]);
         weight += w;
-        o[0] = fmaf(w, low_of(v.x), o[0]), o[1] = fmaf(w, high_of(v.x), o[1]);
-        o[2] = fmaf(w, low_of(v.y), o[2]), o[3] = fmaf(w, high_of(v.y), o[3]);
+        o[0] = fmaf(w, low_of(parts[c].x), o[0]), o[1] = fmaf(w, high_of(parts[c].x), o[1]);
+        o[2] = fmaf(w, low_of(parts[c].y), o[2]), o[3] = fmaf(w, high_of(parts[c].y), o[3]);
     }
-    MARK(19);
     if (row < TOKENS * HEADS) {
         const float inverse = 1.0f / weight;
-        const int place = M_SEEN + (row * HEAD_DIM + at.part * DIMS + warp % 2 * 16 + t * 2) * 2;
+        const u32 place = M_SEEN + (row * HEAD_DIM + at.part * DIMS + warp % 2 * 16 + t * 2) * 2;
         post(mail + place, pack_bf16(o[0] * inverse, o[1] * inverse));
         post(mail + place + 16, pack_bf16(o[2] * inverse, o[3] * inverse));
         post(next + place, EMPTY);

@@ -39,28 +39,22 @@ constexpr int M_TOPS = M_SQUARES2 + TILES * MT * 4, MAIL = M_TOPS + TILES * PART
 constexpr int P_OUT = 0, P_DOWN = P_OUT + TILES * NT * PARTS * 2048, P_SEEN = P_DOWN + TILES * NT * PARTS * 2048;
 // [tile, owner, part] of attention: TILES * PARTS * PARTS * 2048 more
 
-// shared memory: activations (or keys), partial sums (or values), queries, probabilities, rings
+// shared memory: activations (or keys), partial sums (or values), queries (or partial sums of the pair's other block),
+// probabilities, rings
 constexpr int PITCH = HEAD_DIM * 2 + 16, P_PITCH = KEYS * 2 + 16;
-constexpr int SUMS = GROUPS * 16384;  // bytes of partial sums: of a pair, or of the warpgroups of a block
+constexpr int SUMS = GROUPS * NT * 2048;  // bytes of the warpgroups' partial sums
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int round_up(int a, int to) { return (a + to - 1) / to * to; }
 constexpr int A_X = 0, A_SUMS = round_up(larger(MT * 1024, KEYS * PITCH), 1024);
-constexpr int A_Q = A_SUMS + larger(SUMS, round_up(KEYS * PITCH, 128)), A_P = A_Q + QUERIES * PITCH;
+constexpr int A_Q = A_SUMS + larger(SUMS, round_up(KEYS * PITCH, 128)), A_INBOX = A_Q, A_P = A_Q + QUERIES * PITCH;
 constexpr int A_RINGS = round_up(A_P + QUERIES * P_PITCH, 128), SHARED = A_RINGS + SLOTS * SLOT;
 static_assert(KEYS % 16 == 0 && KEYS <= 128 && SHARED <= 232448 - 6144, "shared memory");
+static_assert(LOW_TILES * 8 * 512 <= QUERIES * PITCH, "partial sums of the pair's other block");
 
 // pieces of a stage; the k steps of a warp are 32, 16, 64 and 32 over GROUPS
 constexpr int N_QKV = 32 / GROUPS / Piece<FORMAT_QKV>::STEPS, N_O = 16 / GROUPS / Piece<FORMAT_O>::STEPS;
 constexpr int N_GATE_UP = 64 / GROUPS / Piece<FORMAT_GATE_UP>::STEPS, N_DOWN = 32 / GROUPS / Piece<FORMAT_DOWN>::STEPS;
 static_assert(N_QKV && N_O && N_GATE_UP && N_DOWN, "whole pieces");
-
-__device__ __forceinline__ int Ring::layer_pieces() const { return (projects ? N_QKV : 0) + N_O + N_GATE_UP + N_DOWN; }
-__device__ __forceinline__ int Ring::bytes() const {
-    const int place = position - (projects ? N_QKV : 0);
-    if (place < 0) return WARPS * Piece<FORMAT_QKV>::BYTES;
-    if (place < N_O) return WARPS * Piece<FORMAT_O>::BYTES;
-    return WARPS * (place < N_O + N_GATE_UP ? Piece<FORMAT_GATE_UP>::BYTES : Piece<FORMAT_DOWN>::BYTES);
-}
 
 struct Arguments {
     const u8* weights;       // [blocks, layers, pieces, warps, bytes]; the blocks that project q, k, v first: theirs are longer
@@ -74,35 +68,57 @@ struct Arguments {
     const int* valid;        // keys of the prefix
     u8* mail;                // [4, MAIL]
     u8* parcels;
-    long long* trace;        // [blocks, layers, 24] clocks, where TRACE
+    long long* trace;        // [blocks, layers, 32] clocks, where TRACE
     int layers, capacity, turn;  // turn: which copy of the mail the first layer takes
     float eps, scale;            // scale: log2(e) / sqrt(HEAD_DIM)
 };
 
+// All weights of this block, in the order of their use
+__device__ __forceinline__ Supply all_weights(const Arguments& p, bool projects) {
+    constexpr u32 TAIL = WARPS * (N_O * Piece<FORMAT_O>::BYTES + N_GATE_UP * Piece<FORMAT_GATE_UP>::BYTES + N_DOWN * Piece<FORMAT_DOWN>::BYTES);
+    constexpr u32 LONG = TAIL + WARPS * N_QKV * Piece<FORMAT_QKV>::BYTES;
+    const u32 longs = min(blockIdx.x, 2 * QKV_PAIRS), tails = blockIdx.x - longs;
+    const u8* const first = p.weights + ((size_t)longs * LONG + (size_t)tails * TAIL) * p.layers;
+    return {first, ((projects ? N_QKV : 0) + N_O + N_GATE_UP + N_DOWN) * p.layers, projects ? 0 : N_QKV};
+}
+
+__device__ __forceinline__ void Ring::ask(u32 into, Supply& supply, bool projects) const {
+    if (supply.left == 0) return;
+    const int place = supply.position;
+    const u32 size = WARPS * (place < N_QKV ? Piece<FORMAT_QKV>::BYTES : place < N_QKV + N_O ? Piece<FORMAT_O>::BYTES :
+                              place < N_QKV + N_O + N_GATE_UP ? Piece<FORMAT_GATE_UP>::BYTES : Piece<FORMAT_DOWN>::BYTES);
+    u64 policy;  // weights pass once a step: they shall not push keys and vectors out of L2
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    expect(barriers + into * 8, size);
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+                 ::"r"(data + into * SLOT), "l"(supply.next), "r"(size), "r"(barriers + into * 8), "l"(policy) : "memory");
+    supply.next += size, supply.left--;
+    supply.position = place + 1 == N_QKV + N_O + N_GATE_UP + N_DOWN ? (projects ? 0 : N_QKV) : place + 1;
+}
+
 struct Place {  // who this thread is
-    int tid, lane, warp, group, tile, part, pair;
-    int g, t;
+    u32 tid, lane, warp, group, tile, part, pair;
+    u32 g, t;
     bool odd;
     // Read anew at every stage (volatile): else the compiler works out every address of every stage before the loop, and
-    // spills them all.
+    // spills them all. The warp is the same in all its lanes, and the compiler is told so.
     __device__ __forceinline__ Place() {
         asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
-        lane = tid % 32, warp = tid / 32, group = warp / 4;
+        lane = tid % 32, warp = __shfl_sync(0xffffffffu, tid / 32, 0), group = warp / 4;
         tile = blockIdx.x / PARTS, part = blockIdx.x % PARTS, pair = blockIdx.x / 2;
         g = lane / 4, t = lane % 4, odd = g % 2;
     }
 };
 
 struct OwnPlace {  // of the residual stream, for a thread of the first warpgroup: a token, and the first of four columns
-    int token, column;
+    u32 token, column;
     __device__ __forceinline__ explicit OwnPlace(const Place& at)
         : token(at.part * 8 + 2 * at.t + at.odd), column(at.tile * 64 + at.warp % 4 * 16 + at.g / 2 * 4) {}
 };
 
 __device__ __forceinline__ float4 float4_at(const float* from) { return *reinterpret_cast<const float4*>(from); }
-
 #if TRACE
-#define MARK(i) if (at.tid == 0) p.trace[((size_t)blockIdx.x * p.layers + layer) * 24 + (i)] = clock64()
+#define MARK(i) if (at.tid == 0) p.trace[((size_t)blockIdx.x * p.layers + layer) * 32 + (i)] = clock64()
 #else
 #define MARK(i)
 #endif
@@ -110,9 +126,9 @@ __device__ __forceinline__ float4 float4_at(const float* from) { return *reinter
 // The next norm's input h * factor and this tile's part of the sums of squares, from the block that owns the tokens:
 // each thread of a warpgroup has four columns of one token.
 __device__ __forceinline__ void post_stream(
-    const Place& at, const float4& h, const float4& factor, u8* mail, u8* next, int input, int squares, float (*sums)[8]) {
+    const Place& at, const float4& h, const float4& factor, u8* mail, u8* next, u32 input, u32 squares, float (*sums)[8]) {
     const OwnPlace own(at);
-    const int token = own.token, place = input + (token * WIDTH + own.column) * 2;
+    const u32 token = own.token, place = input + (token * WIDTH + own.column) * 2;
     if (token < TOKENS)
         post2(mail + place, pack_bf16(h.x * factor.x, h.y * factor.y), pack_bf16(h.z * factor.z, h.w * factor.w));
     float sum = h.x * h.x + h.y * h.y + h.z * h.z + h.w * h.w;
@@ -121,102 +137,89 @@ __device__ __forceinline__ void post_stream(
     if (at.g < 2) sums[at.warp][token % 8] = sum;
     group_barrier(0);
     if (at.tid < 8 && at.part * 8 + at.tid < TOKENS) {
-        const int box = squares + (at.tile * MT + at.part * 8 + at.tid) * 4;
+        const u32 box = squares + ((at.part * 8 + at.tid) * TILES + at.tile) * 4;
         post(mail + box, __float_as_uint(sums[0][at.tid] + sums[1][at.tid] + sums[2][at.tid] + sums[3][at.tid]));
         post(next + box, EMPTY);
     }
     if (token < TOKENS) post2(next + place, EMPTY, EMPTY);
 }
 
-// A quarter of the sums of squares of token tid % 64, asked for while the partial sums travel
-struct Squares {
-    u32 v[4];
-    __device__ __forceinline__ void ask(const Place& at, const u8* from) {
-        const int token = at.tid % 64, first = at.tid / 64 * 4;
-        if (token >= TOKENS || first >= TILES) return;
-#pragma unroll
-        for (int i = 0; i < 4; i++) v[i] = peek(from + ((first + i) * MT + token) * 4);
+// 1 / rms of each token's row, from the sums of squares of all tiles; a quarter of them a thread
+__device__ __forceinline__ void take_roots(const Place& at, const u8* from, float* roots, float eps) {
+    if (at.warp >= (4 * TOKENS + 31) / 32) return;
+    const u32 token = min(at.tid / 4, (u32)TOKENS - 1);
+    uint4 v = peek4(from + (token * TILES + at.t * 4) * 4);
+    for (u32 tries = 0; top_of(v) == EMPTY; tries++) {
+        v = peek4(from + (token * TILES + at.t * 4) * 4);
+        if (tries > PATIENCE) __trap();
     }
-    __device__ __forceinline__ void keep(const Place& at, const u8* from, float (*roots)[MT]) {
-        const int token = at.tid % 64, first = at.tid / 64 * 4;
-        if (token >= TOKENS || first >= TILES) return;
-        float sum = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 4; i++) sum += await_float(from + ((first + i) * MT + token) * 4, v[i]);
-        roots[at.tid / 64][token] = sum;
+    const float sum = quad_sum(__uint_as_float(v.x) + __uint_as_float(v.y) + __uint_as_float(v.z) + __uint_as_float(v.w));
+    if (at.t == 0) roots[token] = rsqrtf(sum / WIDTH + eps);
+}
+
+// What a stage's end wants of a layer's vectors, brought while its activations and products are under way: scales of rows;
+// the norm's shift, or the gate; the next norm's factor.
+struct Tables {
+    float scale[128], second[128], third[128];
+    __device__ __forceinline__ void fetch(const Place& at, const float* scales, const float* seconds, const float* thirds, u32 count) {
+        if (at.warp >= 3 || at.lane * 4 >= count) return;
+        const float* const from = at.warp == 0 ? scales : at.warp == 1 ? seconds : thirds;
+        copy16(shared_address(scale) + (at.warp * 128 + at.lane * 4) * 4, from + at.lane * 4);
     }
 };
 
-__device__ __forceinline__ float root_of(const float (*sums)[MT], int token, float eps) {
-    return rsqrtf((sums[0][token] + sums[1][token] + sums[2][token] + sums[3][token]) / WIDTH + eps);
-}
-
-// Token tile n of a pair's product goes to the pair's block that owns it: to its place in that block's partial sums,
-// [source, token tile, row tile, lane] 16 bytes
-__device__ __forceinline__ void push_to_pair(const Place& at, const float* d, u32 sums, u32 barrier, int source, int row_tile, int row_tiles) {
-    const u32 first = sums + ((source * 4 * row_tiles + row_tile) * 32 + at.lane) * 16, apart = row_tiles * 512;
-    const u32 even = of_rank(first, 0), uneven = of_rank(first, 1);
-    const u32 even_barrier = of_rank(barrier, 0), uneven_barrier = of_rank(barrier, 1);
-#pragma unroll
-    for (int n = 0; n < NT; n++) {
-        if (n < LOW_TILES)
-            push4(even + n * apart, even_barrier, d + 4 * n);
-        else
-            push4(uneven + (n - LOW_TILES) * apart, uneven_barrier, d + 4 * n);
-    }
-}
-
-// Token tile n's partial sums go to part n of the tile. One warpgroup adds those of all, in their order, and posts:
-// TILES_EACH token tiles each. Every thread of the block passes here (__syncthreads).
-__device__ __forceinline__ void post_to_owners(const Place& at, const float* d, u32 scratch, u8* parcels) {
-    constexpr int TILES_EACH = (NT + GROUPS - 1) / GROUPS;
-    const u32 own = scratch + ((at.group * NT * 4 + at.warp % 4) * 32 + at.lane) * 16;
+// Partial sums of a warpgroup: [warpgroup, token tile, row tile of four, lane] 16 bytes
+__device__ __forceinline__ void store_sums(const Place& at, const float* d, u32 to) {
+    to += (at.group * NT * 128 + at.tid % 128) * 16;
 #pragma unroll
     for (int n = 0; n < NT; n++)
-        if (n / TILES_EACH != at.group) {
-            const float* v = d + 4 * n;
-            store_shared4(own + n * 2048, make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])));
-        }
-    __syncthreads();
-    u8* const box = parcels + (size_t)(at.tile * NT * PARTS + at.part) * 2048 + (at.warp % 4 * 32 + at.lane) * 16;
+        store_shared4(to + n * 2048, make_uint4(__float_as_uint(d[4 * n]), __float_as_uint(d[4 * n + 1]), __float_as_uint(d[4 * n + 2]), __float_as_uint(d[4 * n + 3])));
+}
+
+// of a token tile, of ``sources`` warpgroups, ``apart`` warpgroups from one to the next, added in their order
+__device__ __forceinline__ float4 sum_of(u32 from, u32 tile, u32 sources, u32 apart) {
+    from += tile * 2048;
+    float4 sum = load_shared_float4(from);
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-        if (n / TILES_EACH != at.group) continue;
-        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-        for (int from = 0; from < GROUPS; from++) {
-            float4 v = make_float4(d[4 * n], d[4 * n + 1], d[4 * n + 2], d[4 * n + 3]);
-            if (from != at.group) v = load_shared_float4(scratch + (((from * NT + n) * 4 + at.warp % 4) * 32 + at.lane) * 16);
-            sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-        }
-        post4(box + (size_t)n * PARTS * 2048, make_uint4(__float_as_uint(sum.x), __float_as_uint(sum.y), __float_as_uint(sum.z), __float_as_uint(sum.w)));
+    for (int i = 1; i < GROUPS; i++)
+        if (i < sources) add(sum, load_shared_float4(from + i * apart * (NT * 2048)));
+    return sum;
+}
+
+// Token tile n of a product cut into parts goes to part n, whose block owns it: [part of K, row tile of four, lane] 16 bytes
+__device__ __forceinline__ void post_to_owners(const Place& at, u32 sums, u8* parcels) {
+    const u32 own = sums + at.tid % 128 * 16;
+    u8* const box = parcels + (at.tile * (NT * PARTS * 2048) + at.part * 2048 + at.tid % 128 * 16);
+#pragma unroll 1
+    for (u32 n = at.group; n < NT; n += GROUPS) {
+        const float4 v = sum_of(own, n, GROUPS, 1);
+        post4(box + n * (PARTS * 2048), make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)));
     }
 }
 
 // What post_to_owners sent to this block, added in the order of the parts; by a warpgroup
 __device__ __forceinline__ float4 sum_of_parts(const Place& at, u8* parcels) {
-    u8* const box = parcels + ((size_t)(at.tile * NT + at.part) * PARTS * 4 + at.warp % 4) * 512 + at.lane * 16;
-    uint4 v[PARTS] = {};
-    u32 pending = (1u << PARTS) - 1;
-    for (u32 tries = 0; pending; tries++) {
+    u8* const box = parcels + ((at.tile * NT + at.part) * (PARTS * 2048) + at.tid % 128 * 16);
+    await_word(box - at.lane * 16 + at.lane % PARTS * 2048);
+    uint4 v[PARTS];
+    for (u32 tries = 0;; tries++) {
+        u32 top = 0;
 #pragma unroll
-        for (int i = 0; i < PARTS; i++) peek4_if(v[i], box + i * 2048, pending & 1u << i);
+        for (int i = 0; i < PARTS; i++) v[i] = peek4(box + i * 2048);
 #pragma unroll
-        for (int i = 0; i < PARTS; i++)
-            if ((pending >> i & 1) && complete(v[i])) pending &= ~(1u << i);
+        for (int i = 0; i < PARTS; i++) top = max(top, top_of(v[i]));
+        if (top != EMPTY) break;
         if (tries > PATIENCE) __trap();
     }
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-    for (int i = 0; i < PARTS; i++) {
-        sum.x += __uint_as_float(v[i].x), sum.y += __uint_as_float(v[i].y);
-        sum.z += __uint_as_float(v[i].z), sum.w += __uint_as_float(v[i].w);
-    }
+    for (int i = 0; i < PARTS; i++)
+        add(sum, make_float4(__uint_as_float(v[i].x), __uint_as_float(v[i].y), __uint_as_float(v[i].z), __uint_as_float(v[i].w)));
     return sum;
 }
 
 __device__ __forceinline__ void empty_parts(const Place& at, u8* parcels) {
-    u8* const box = parcels + ((size_t)(at.tile * NT + at.part) * PARTS * 4 + at.warp % 4) * 512 + at.lane * 16;
+    u8* const box = parcels + ((at.tile * NT + at.part) * (PARTS * 2048) + at.tid % 128 * 16);
 #pragma unroll
     for (int i = 0; i < PARTS; i++) post4(box + i * 2048, make_uint4(EMPTY, EMPTY, EMPTY, EMPTY));
 }

@@ -20,6 +20,7 @@ __device__ __forceinline__ void wait_bytes(u32 barrier, u32 parity) {
 
 // ---- weights: one bulk copy brings the next piece of all warps, in the order of their use, as soon as the last of
 // them has read what was there. (A copy a warp costs as many times the issue, some 50 cycles each, one after the other.)
+// One thread asks for the next, once all have read the one before the one they read now.
 
 template <int FORMAT> struct Piece {  // a warp's share of one bulk copy
     static constexpr int SIXTEENS = 8 / GROUPS;  // of each lane, bytes
@@ -29,52 +30,28 @@ template <int FORMAT> struct Piece {  // a warp's share of one bulk copy
 };
 constexpr int SLOT = 32 * (HAS_FORMAT(2) ? 640 : 512);
 
+struct Supply {  // of weights, in shared memory, for the thread that asks for them
+    const u8* next;
+    int left, position;  // pieces still to be asked for; place of ``next`` in its layer
+};
+
 struct Ring {
-    u32 data, barriers;           // slots; a barrier of each, and behind those how often a warp has read it
-    const u8* next = nullptr;     // the piece SLOTS ahead of the one to be used
-    int left = 0, position = 0;   // how many pieces are still to be asked for; place of ``next`` in its layer
-    int slot = 0;                 // of the piece to be used
-    u32 parity = 0;
-    bool projects = false;
+    u32 data, barriers;  // slots; of each a barrier that it is full, and behind those one that it is empty
+    u32 slot = 0, parity = 0;
 
-    __device__ __forceinline__ int bytes() const;         // of ``next``; in expert_loop_layout.cu
-    __device__ __forceinline__ int layer_pieces() const;
-
-    __device__ __forceinline__ void ask(int into, int size, u64 policy) const {
-        const u32 barrier = barriers + into * 8;
-        expect(barrier, size);
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-                     ::"r"(data + into * SLOT), "l"(next), "r"(size), "r"(barrier), "l"(policy) : "memory");
-    }
-    __device__ __forceinline__ void advance(int size) {
-        next += size, left--;
-        position = position + 1 == layer_pieces() ? 0 : position + 1;
-    }
-    __device__ __forceinline__ void fill(u64 policy) {  // the first SLOTS pieces; by one thread, all others advance
-        for (int i = 0; i < SLOTS; i++) {
-            const int size = bytes();
-            if (threadIdx.x == 0) ask(i, size, policy);
-            advance(size);
-        }
-    }
     __device__ __forceinline__ u32 arrived() const {
         wait_bytes(barriers + slot * 8, parity);
         return data + slot * SLOT;
     }
-    // A warp has read the piece: which one was it? Asked early,
-    __device__ __forceinline__ u32 read(int lane) const {
-        __syncwarp();
-        u32 ticket = 0;
-        if (lane == 0)
-            asm volatile("atom.relaxed.cta.shared::cta.add.u32 %0, [%1], 1;" : "=r"(ticket) : "r"(barriers + SLOTS * 8 + slot * 4) : "memory");
-        return ticket;
-    }
-    // answered late: the last of all warps asks for what comes SLOTS later.
-    __device__ __forceinline__ void used(u32 ticket, int lane, u64 policy) {
-        const int size = bytes();
-        if (lane == 0 && left > 0 && (ticket & (WARPS - 1)) == WARPS - 1) ask(slot, size, policy);
-        advance(size);
+    __device__ __forceinline__ void read() const { arrive(barriers + (SLOTS + slot) * 8); }  // by every thread, at once
+    __device__ __forceinline__ void advance() {
         if (++slot == SLOTS) slot = 0, parity ^= 1;
+    }
+    __device__ __forceinline__ void ask(u32 into, Supply& supply, bool projects) const;  // in expert_loop_layout.cu
+    __device__ __forceinline__ void ask_again(Supply& supply, bool projects) const {     // before `advance`
+        const u32 into = slot ? slot - 1 : SLOTS - 1;
+        wait_bytes(barriers + (SLOTS + into) * 8, slot ? parity : parity ^ 1);
+        ask(into, supply, projects);
     }
 };
 
@@ -106,28 +83,23 @@ __device__ __forceinline__ uint4 peek4(const void* from) {
     return v;
 }
 
-// the same where ``use``, else v as it is: one instruction, no copies
-__device__ __forceinline__ void peek4_if(uint4& v, const void* from, u32 use) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(from), "r"(use) : "memory");
-}
-
 __device__ __forceinline__ u32 peek(const void* from) {
     u32 v;
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
     return v;
 }
 
-__device__ __forceinline__ bool complete(const uint4& v) {
-    return max(max(v.x, v.y), max(v.z, v.w)) != EMPTY;
-}
+__device__ __forceinline__ u32 top_of(const uint4& v) { return max(max(v.x, v.y), max(v.z, v.w)); }  // EMPTY where one is
+__device__ __forceinline__ u32 top_of(const uint2& v) { return max(v.x, v.y); }
 
-__device__ __forceinline__ float await_float(const void* from, u32 first) {
-    for (u32 tries = 0; first == EMPTY; tries++) {
-        first = peek(from);
+// a lane's word, of a source of what its warp wants: until all of them are there nobody reads much (polls compete with
+// the posts they wait for)
+__device__ __forceinline__ void await_word(const void* from) {
+    for (u32 tries = 0; peek(from) == EMPTY; tries++) {
+        if (BACKOFF) __nanosleep(BACKOFF);
         if (tries > PATIENCE) __trap();
     }
-    return __uint_as_float(first);
+    __syncwarp();
 }
 
 __device__ __forceinline__ void post(void* to, u32 value) {
@@ -148,47 +120,47 @@ __device__ __forceinline__ uint2 peek2(const void* from) {
     return v;
 }
 
-__device__ __forceinline__ uint2 await2(const void* from, uint2 v) {
-    for (u32 tries = 0; v.x == EMPTY || v.y == EMPTY; tries++) {
-        v = peek2(from);
-        if (tries > PATIENCE) __trap();
-    }
-    return v;
-}
+// ---- activations: ``blocks`` blocks of 64 columns of each token, from mail to shared memory as wgmma's B operand (K-major,
+// 128-byte swizzle): [block][token, 128 bytes, its eight 16-byte pieces XOR token % 8]. By a warpgroup, t is one's place
+// in it; stride: bytes from token to token. Rows behind TOKENS are the last one's: what becomes of them stays in their
+// own columns, and nobody looks.
 
-// ---- activations: 2^shift pieces (of 8 columns) of each token from mail to shared memory as wgmma's B operand (K-major,
-// 128-byte swizzle): [block of 64 columns][token, 128 bytes, its eight 16-byte pieces XOR token % 8]. By a warpgroup, t is
-// one's place in it. shift is 3 to 5; stride: bytes from token to token. Rows behind TOKENS keep what was there: what
-// becomes of them stays in their own columns, and nobody looks.
-
-__device__ __forceinline__ void take_tokens(u32 to, const u8* from, int t, int shift, int stride) {
-    constexpr int TURNS = MT / (2 * GROUPS);
-    const int piece = t & ((1 << shift) - 1), first = t >> shift, rows = 128 >> shift;
-    const u8* const at = from + first * stride + piece * 16;
-    const int step = rows * stride;
-    u32 pending = (1u << ((TOKENS - first + rows - 1) >> (7 - shift))) - 1;
-    uint4 v[TURNS] = {};
-    for (u32 tries = 0;; tries++) {  // nobody reads everything again and again: one word first
-        v[0] = peek4(at);
-        if (complete(v[0])) break;
-        if (BACKOFF) __nanosleep(BACKOFF);
-        if (tries > PATIENCE) __trap();
+__device__ __forceinline__ void take_tokens(u32 to, const u8* from, u32 t, u32 blocks, u32 stride) {
+    constexpr int TURNS = (MT + 15) / 16, BATCH = 2;  // sixteen tokens a turn
+    {  // a word of every fourth token, of both halves of the columns
+        const u32 lane = t % 32, token = min(lane / 2 * 4 + t / 32, (u32)TOKENS - 1);
+        await_word(from + token * stride + lane % 2 * (blocks * 64));
     }
-    pending &= ~1u;
-    for (u32 tries = 0; pending; tries++) {
+    const u32 piece = t % 8, first = t / 8;
+    from += first * stride + piece * 16;
+    const u32 last = (min(first + (TURNS - 1) * 16, (u32)TOKENS - 1) - first) * stride;
+    to += first * 128 + ((piece ^ first % 8) * 16);
+#pragma unroll 1
+    for (u32 block = 0; block < blocks; block += BATCH, from += BATCH * 128, to += BATCH * MT * 128) {
+        uint4 v[BATCH][TURNS];
+        const bool both = block + 1 < blocks;
+        for (u32 tries = 0;; tries++) {
+            u32 top = 0;
 #pragma unroll
-        for (int j = 1; j < TURNS; j++)
-            peek4_if(v[j], at + (size_t)(j * step), pending & 1u << j);
+            for (int b = 0; b < BATCH; b++)
+                if (b == 0 || both)
 #pragma unroll
-        for (int j = 1; j < TURNS; j++)
-            if ((pending >> j & 1) && complete(v[j])) pending &= ~(1u << j);
-        if (tries > PATIENCE) __trap();
+                    for (int j = 0; j < TURNS; j++) v[b][j] = peek4(from + (b * 128 + (j + 1 < TURNS ? j * 16 * stride : last)));
+#pragma unroll
+            for (int b = 0; b < BATCH; b++)
+                if (b == 0 || both)
+#pragma unroll
+                    for (int j = 0; j < TURNS; j++) top = max(top, top_of(v[b][j]));
+            if (top != EMPTY) break;
+            if (tries > PATIENCE) __trap();
+        }
+#pragma unroll
+        for (int b = 0; b < BATCH; b++)
+            if (b == 0 || both)
+#pragma unroll
+                for (int j = 0; j < TURNS; j++)
+                    if (j * 16 + 16 <= MT || first + j * 16 < MT) store_shared4(to + (b * MT + j * 16) * 128, v[b][j]);
     }
-    to += piece / 8 * (MT * 128) + first * 128;
-    const u32 even = to + ((piece % 8) ^ (first % 8)) * 16, uneven = to + ((piece % 8) ^ ((first + rows) % 8)) * 16;
-#pragma unroll
-    for (int j = 0; j < TURNS; j++)
-        if (first + j * rows < TOKENS) store_shared4((j % 2 ? uneven : even) + j * rows * 128, v[j]);
     publish_to_tensor_core();
 }
 
@@ -238,17 +210,18 @@ __device__ __forceinline__ void operand_of(u32 (&a)[4], const uint4& w, int step
     }
 }
 
-// d = W x over ``pieces`` of the ring; x: shared address of the first block of 64 columns. Nothing is under way from piece
-// to piece: else the compiler moves the sums elsewhere behind the loop before they are there.
+// d = W x over ``pieces`` of the ring; x: shared address of the first block of 64 columns, the same in all lanes. Nothing is
+// under way from piece to piece: else the compiler moves the sums elsewhere behind the loop before they are there.
 template <int FORMAT>
-__device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, u32 x, int pieces, int warp, int lane, u64 policy) {
+__device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, Supply& supply, bool projects, u32 x, u32 pieces, u32 warp, u32 lane) {
     constexpr int STEPS = Piece<FORMAT>::STEPS, BATCH = Piece<FORMAT>::PER16, SIXTEENS = Piece<FORMAT>::SIXTEENS;
     // K-major, 128-byte swizzle, 1024 bytes from eight tokens to the next eight
-    const u64 b = ((u64)x >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+    constexpr u32 HIGH = 64 | 1u << 30, APART = STEPS >= 4 ? STEPS / 4 * (MT * 8) : 4;
+    u32 here = x >> 4 | 1 << 16;
 #pragma unroll
     for (int i = 0; i < 4 * NT; i++) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i]));  // here, not long before
 #pragma unroll 1
-    for (int piece = 0; piece < pieces; piece++) {
+    for (u32 piece = 0; piece < pieces; piece++) {
         const u32 from = ring.arrived() + warp * Piece<FORMAT>::BYTES;
         uint4 w[SIXTEENS], s[SIXTEENS];
 #pragma unroll
@@ -256,9 +229,7 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, u32 x, i
             w[i] = load_shared4(from + i * 512 + lane * 16);
             if constexpr (FORMAT == 2) s[i] = load_shared4(from + SIXTEENS * 512 + i * 128 + lane / 4 * 16);
         }
-        const u32 ticket = ring.read(lane);
-        // blocks of four k steps; a piece of two (bf16, four groups) is half of one
-        const u64 here = b + (STEPS >= 4 ? piece * (STEPS / 4) * (MT * 8) : piece / 2 * (MT * 8) + piece % 2 * 4);
+        ring.read();
 #pragma unroll
         for (int i = 0; i < SIXTEENS; i++) {
             u32 a[BATCH][4];
@@ -272,12 +243,15 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, u32 x, i
 #pragma unroll
             for (int k = 0; k < BATCH; k++) {
                 const int step = i * BATCH + k;
-                warpgroup_mma(d, a[k], here + (u64)((step / 4 * (MT * 128) + step % 4 * 32) >> 4));
+                warpgroup_mma(d, a[k], (u64)HIGH << 32 | (here + (step / 4 * (MT * 128) + step % 4 * 32 >> 4)));
             }
             products_commit();
             if (i >= 1 && i + 1 < SIXTEENS) products_wait<1>();  // the registers of the batch before are free
         }
-        ring.used(ticket, lane, policy);
+        // blocks of four k steps; a piece of two (bf16, four groups) is half of one
+        here += STEPS >= 4 ? APART : piece % 2 ? MT * 8 - APART : APART;
+        if (warp == WARPS - 1 && lane == 0) ring.ask_again(supply, projects);
+        ring.advance();
         products_wait<0>();
     }
 }
@@ -289,16 +263,8 @@ __device__ __forceinline__ void push4(u32 to, u32 barrier, const float* v) {
                  ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier) : "memory");
 }
 
-// SOURCES' shares of one lane's four sums, added in their order
-template <int SOURCES, int APART>
-__device__ __forceinline__ float4 sum_of(u32 from) {
-    float4 sum = load_shared_float4(from);
-#pragma unroll
-    for (int i = 1; i < SOURCES; i++) {
-        const float4 v = load_shared_float4(from + i * APART);
-        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-    }
-    return sum;
+__device__ __forceinline__ void add(float4& sum, const float4& v) {
+    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
 }
 
 // A lane holds rows (2g, 2g + 1) of tokens 2t and 2t + 1 as (2g, 2t), (2g, 2t + 1), (2g + 1, 2t), (2g + 1, 2t + 1).
