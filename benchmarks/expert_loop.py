@@ -31,7 +31,7 @@ EVENTS = {
     "attention: all there": (4, 16), "attention: scores": (16, 24), "attention: weights": (24, 25),
     "attention: products": (25, 17), "attention: posted": (17, 18),
     "attention: parts there": (18, 19), "attention: summed, posted": (19, 5), "o: activations there": (5, 6),
-    "o: product": (6, 7), "o: partial sums posted": (7, 8), "o: summed, posted": (8, 9),
+    "o: product": (6, 7), "o: partial sums posted": (7, 8), "o: parts there": (8, 27), "o: posted": (27, 28), "o: emptied": (28, 9),
     "gate up: activations there": (9, 10), "gate up: product": (10, 11), "gate up: sums of the block": (11, 22),
     "gate up: sent to the pair": (22, 23), "gate up: posted": (23, 12),
     "down: activations there": (13, 14), "down: product": (14, 26), "down: posted": (26, 15),
@@ -148,7 +148,8 @@ def clocks_table(loop) -> None:
         print(f"  blocks that {name}")
         for event, (begin, end) in EVENTS.items():
             part = clocks[blocks, :, end] - clocks[blocks, :, begin]
-            if ((part > 0) & (part < 1e6)).all():
+            part = part[((part > 0) & (part < 1e6)).all(1)]  # the blocks that pass there
+            if len(part):
                 worst = part.median(1).values.max().item()
                 part = part.flatten()
                 print(f"    {event:28s} {part.median().item():8.0f} ({part.quantile(0.9).item():.0f}) [{worst:.0f}]")
@@ -164,7 +165,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--trace", action="store_true", help="also where the time of a layer goes")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--groups", nargs="+", type=int, default=[4], help="warpgroups of a block")
+    parser.add_argument("--groups", nargs="+", type=int, default=[2], help="warpgroups of a block")
     parser.add_argument("--macros", nargs="+", default=[""], help="variants, each like BACKOFF=0,FENCED=1")
     parser.add_argument("--quick", action="store_true", help="one check and one timing a recipe")
     arguments = parser.parse_args()

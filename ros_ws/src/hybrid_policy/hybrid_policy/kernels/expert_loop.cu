@@ -1,9 +1,8 @@
 // ------------------------------------------------------------------------------------------ the loop kernel itself
 
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS, 1) expert_loop(const Arguments p) {
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS + 32, 1) expert_loop(const Arguments p) {
     extern __shared__ __align__(1024) u8 memory[];
     __shared__ u64 ring_barriers[2 * SLOTS];
-    __shared__ Supply supply;
     __shared__ u64 sum_barrier;
     __shared__ float4 stream[128];  // the residual stream of this block's tokens: four columns of one token a thread
     __shared__ float roots[64], own_squares[4][8];
@@ -32,9 +31,9 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS, 
     if (start.tid == 0) barrier_init(pair_barrier, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-    if (start.tid == WORKERS - 32) {  // lane 0 of the last warp
-        supply = all_weights(p, projects);
-        for (int i = 0; i < SLOTS - 1; i++) ring.ask(i, supply, projects);
+    if (start.warp == WARPS) {
+        if (start.lane == 0) stream_weights(p, ring, projects);
+        return;
     }
 
     wait_for_predecessor();
@@ -63,6 +62,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS, 
             const Place at;
             if (stage == QKV && !projects) {
                 if (attends) fetch_prefix(at, KeyRange(prefix, at.part), x, p.keys + cache);
+                copies_commit();
                 continue;
             }
             const bool in_pair = stage == QKV || stage == GATE_UP, last = layer + 1 == p.layers;
@@ -76,75 +76,97 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS, 
                 MARK(4);
                 if (attends) {
                     fetch_prefix(at, KeyRange(prefix, at.part), sums_memory, p.values + cache);
+                    copies_commit();
                     attend(at, KeyRange(prefix, at.part), memory, attention, mail, next, parcels, p.scale, p, layer);
-                    __syncthreads();  // values are read: partial sums may take their place
+                    block_barrier();  // values are read: partial sums may take their place
                 }
             }
             MARK(stage == QKV ? 0 : 4 * stage + 1);
 
+            const int format = stage == QKV ? FORMAT_QKV : stage == OUT ? FORMAT_O : stage == GATE_UP ? FORMAT_GATE_UP : FORMAT_DOWN;
             // activations: 512 columns a block, 256 for the output projection; each warpgroup brings its share
             const u32 input = stage == QKV ? M_IN1 : stage == OUT ? M_SEEN : stage == GATE_UP ? M_IN2 : M_ACT;
             const u32 blocks = (stage == OUT ? 4 : 8) / GROUPS, width = stage == OUT ? HEADS * HEAD_DIM : stage == DOWN ? FEATURES : WIDTH;
             const u32 part = in_pair ? at.part % 2 : at.part;
             const u32 mine = x + at.group * blocks * (MT * 128);
-            take_tokens(mine, mail + input + (part * GROUPS + at.group) * blocks * 128, at.tid % 128, blocks, width * 2);
-            if (stage == GATE_UP) __syncthreads(); else group_barrier(at.group);
+            const u8* const activations = mail + input + (part * GROUPS + at.group) * blocks * 128;
+            const u8* const squares_at = mail + (stage == QKV ? M_SQUARES1 : M_SQUARES2);
+            Squares squares;
+            Words words;  // of the first piece: they wait for the activations, not the other way round
+            words.read(ring, at.warp, at.lane, format == 2);
+            await_tokens(activations, at.tid % 128, blocks, width * 2);
+            if (in_pair) squares.ask(at, squares_at);
+            take_tokens(mine, activations, at.tid % 128, blocks, width * 2);
+            if (stage == GATE_UP) block_barrier(); else group_barrier(at.group);
             MARK(stage == QKV ? 1 : 4 * stage + 2);
             float d[4 * NT];
-            const int format = stage == QKV ? FORMAT_QKV : stage == OUT ? FORMAT_O : stage == GATE_UP ? FORMAT_GATE_UP : FORMAT_DOWN;
             const u32 pieces = stage == QKV ? N_QKV : stage == OUT ? N_O : stage == GATE_UP ? N_GATE_UP : N_DOWN;
             const u32 operand = stage == GATE_UP ? x + at.group / 2 * (4 * MT * 128) : mine;  // there warpgroups share columns
             if (HAS_FORMAT(2) && format == 2)
-                product<2>(d, ring, supply, projects, operand, pieces, at.warp, at.lane);
+                product<2>(d, words, ring, operand, pieces, at.warp, at.lane);
             else if (HAS_FORMAT(1) && (format == 1 || !HAS_FORMAT(0)))
-                product<1>(d, ring, supply, projects, operand, pieces, at.warp, at.lane);
+                product<1>(d, words, ring, operand, pieces, at.warp, at.lane);
             else
-                product<HAS_FORMAT(0) ? 0 : HAS_FORMAT(1) ? 1 : 2>(d, ring, supply, projects, operand, pieces, at.warp, at.lane);
+                product<HAS_FORMAT(0) ? 0 : HAS_FORMAT(1) ? 1 : 2>(d, words, ring, operand, pieces, at.warp, at.lane);
             MARK(stage == QKV ? 2 : stage == DOWN ? 26 : 4 * stage + 3);
 
+            const u32 row_tiles = stage == GATE_UP ? 8 : 4, row_tile = at.warp % row_tiles, local_row = row_tile * 16 + at.g / 2 * 4;
+            const u32 tiles = low ? LOW_TILES : NT - LOW_TILES, first_tile = low ? 0 : LOW_TILES, other_tile = low ? LOW_TILES : 0;
+            const u32 token_in_tile = 2 * at.t + at.odd;
+            float2 cosines[4 / GROUPS], sines[4 / GROUPS];  // of two rows; they come while the sums are stored
+            const u32 row = first_row + local_row, i = row % HEAD_DIM / 2, head = row / HEAD_DIM;  // where the stage is QKV
+            if (stage == QKV) {
+#pragma unroll
+                for (int j = 0; j < 4 / GROUPS; j++) {
+                    const u32 token = (first_tile + at.group + j * GROUPS) * 8 + token_in_tile;
+                    cosines[j] = make_float2(1.0f, 1.0f), sines[j] = make_float2(0.0f, 0.0f);
+                    if (token < TOKENS && head <= HEADS) {
+                        const u32 place = (prefix + token) * HALF + i;
+                        cosines[j] = *reinterpret_cast<const float2*>(p.cosines + place), sines[j] = *reinterpret_cast<const float2*>(p.sines + place);
+                    }
+                }
+            }
             store_sums(at, d, sums_memory);
-            if (in_pair) take_roots(at, mail + (stage == QKV ? M_SQUARES1 : M_SQUARES2), roots, p.eps);
+            if (in_pair) squares.keep(at, squares_at, roots, p.eps);
             if (at.warp < 3) copies_done();  // the tables
-            __syncthreads();  // partial sums are there, and the activations read
+            block_barrier();  // partial sums are there, and the activations read
             if (stage == QKV) MARK(20);
             if (stage == GATE_UP) MARK(22);
 
             // one's four rows among the block's, and among the sums
-            const u32 row_tiles = stage == GATE_UP ? 8 : 4, row_tile = at.warp % row_tiles, local_row = row_tile * 16 + at.g / 2 * 4;
             const float4 scale = float4_at(tables.scale + local_row), second = float4_at(tables.second + local_row);
             if (in_pair) {
                 // Token tiles' partial sums meet in the block that owns them. Those of the other block go there first.
                 const u32 sources = stage == QKV ? GROUPS : GROUPS / 2, apart = GROUPS / sources, mine_first = at.warp / row_tiles;
-                const u32 tiles = low ? LOW_TILES : NT - LOW_TILES, first_tile = low ? 0 : LOW_TILES, other_tile = low ? LOW_TILES : 0;
                 const u32 sums = sums_memory + (row_tile / 4 * (NT * 128) + row_tile % 4 * 32 + at.lane) * 16;
-                const u32 box = (row_tile * 32 + at.lane) * 16, token_in_tile = 2 * at.t + at.odd;
+                const u32 box = (row_tile * 32 + at.lane) * 16;
                 if (at.tid == 0) expect(pair_barrier, tiles * row_tiles * 512);
                 const u32 other = of_rank(inbox, low), other_barrier = of_rank(pair_barrier, low);
-#pragma unroll 1
+#pragma unroll 2
                 for (u32 n = mine_first; n < NT - tiles; n += sources) {
                     const float4 v = sum_of(sums, other_tile + n, sources, apart);
                     push4(other + box + n * row_tiles * 512, other_barrier, &v.x);
                 }
                 if (stage == QKV) MARK(21);
                 if (stage == GATE_UP) MARK(23);
-                if (stage == QKV && attends) fetch_prefix(at, KeyRange(prefix, at.part), x, p.keys + cache);
+                if (stage == QKV && attends) {
+                    fetch_prefix(at, KeyRange(prefix, at.part), x, p.keys + cache);
+                    copies_commit();
+                }
+                wait_bytes(pair_barrier, pair_parity);
+                pair_parity ^= 1;
                 if (stage == QKV) {
-                    const u32 row = first_row + local_row, i = row % HEAD_DIM / 2, head = row / HEAD_DIM;
-#pragma unroll 1
-                    for (u32 n = mine_first; n < tiles; n += sources) {
-                        const u32 token = (first_tile + n) * 8 + token_in_tile;
-                        float2 c = make_float2(1.0f, 1.0f), s = make_float2(0.0f, 0.0f);  // cosines and sines of two rows
-                        if (token < TOKENS && head <= HEADS) {
-                            const u32 place = (prefix + token) * HALF + i;
-                            c = *reinterpret_cast<const float2*>(p.cosines + place), s = *reinterpret_cast<const float2*>(p.sines + place);
-                        }
+#pragma unroll
+                    for (int j = 0; j < 4 / GROUPS; j++) {
+                        const u32 n = at.group + j * GROUPS, token = (first_tile + n) * 8 + token_in_tile;
+                        if (n >= tiles) break;
                         float4 v = sum_of(sums, first_tile + n, sources, apart);
-                        wait_bytes(pair_barrier, pair_parity);
                         add(v, load_shared_float4(inbox + box + n * row_tiles * 512));
                         v = four_rows(v, at.odd);
                         if (token >= TOKENS) continue;
                         const float root = roots[token];
                         // rows come in pairs (i, i + HALF)
+                        const float2 c = cosines[j], s = sines[j];
                         const float p0 = fmaf(v.x * root, scale.x, second.x), q0 = fmaf(v.y * root, scale.y, second.y);
                         const float p1 = fmaf(v.z * root, scale.z, second.z), q1 = fmaf(v.w * root, scale.w, second.w);
                         const u32 to = (head < HEADS ? M_Q + (token * HEADS + head) * (HEAD_DIM * 2) : (head == HEADS ? M_K : M_V) + token * (HEAD_DIM * 2)) + i * 2;
@@ -155,11 +177,10 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS, 
                     }
                 } else {
                     const u32 to = M_ACT + (first_row + local_row);  // two rows a feature of two bytes
-#pragma unroll 1
+#pragma unroll 2
                     for (u32 n = mine_first; n < tiles; n += sources) {
                         const u32 token = (first_tile + n) * 8 + token_in_tile;
                         float4 v = sum_of(sums, first_tile + n, sources, apart);
-                        wait_bytes(pair_barrier, pair_parity);
                         add(v, load_shared_float4(inbox + box + n * row_tiles * 512));
                         v = four_rows(v, at.odd);
                         if (token >= TOKENS) continue;
@@ -170,8 +191,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS, 
                         post(next + to + token * (FEATURES * 2), EMPTY);
                     }
                 }
-                pair_parity ^= 1;
-                __syncthreads();  // the sums are read: values, or the next stage's, may take their place
+                block_barrier();  // the sums are read: values, or the next stage's, may take their place
             } else {
                 u8* const sums_at = parcels + (stage == OUT ? P_OUT : P_DOWN);
                 post_to_owners(at, sums_memory, sums_at);
@@ -187,6 +207,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS, 
                     const OwnPlace own(at);
                     const float4 third = float4_at(tables.third + local_row);
                     const float4 v = four_rows(sum_of_parts(at, sums_at), at.odd);
+                    if (stage == OUT) MARK(27);
                     float4 h = stream[at.tid];
                     h.x = fmaf(v.x * scale.x, second.x, h.x), h.y = fmaf(v.y * scale.y, second.y, h.y);
                     h.z = fmaf(v.z * scale.z, second.z, h.z), h.w = fmaf(v.w * scale.w, second.w, h.w);
@@ -195,9 +216,10 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS, 
                         post_stream(at, h, third, mail, next, stage == OUT ? M_IN2 : M_IN1, stage == OUT ? M_SQUARES2 : M_SQUARES1, own_squares);
                     else if (own.token < TOKENS)
                         *reinterpret_cast<float4*>(p.h + own.token * WIDTH + own.column) = h;
+                    if (stage == OUT) MARK(28);
                     empty_parts(at, sums_at);
                 }
-                if (stage == DOWN) __syncthreads();  // the scratch is read: values may take its place
+                if (stage == DOWN) block_barrier();  // the scratch is read: values may take its place
             }
             if (stage == QKV) MARK(3);
             if (stage == GATE_UP) MARK(12);

@@ -88,7 +88,7 @@ class LoopPlan:
         return TILES * PARTS * 512 * (2 * self.padded // 8 + PARTS)
 
 
-def plan_loop(tokens: int, capacity: int, formats: Mapping[str, str], limit: int, groups: int = 4) -> LoopPlan | None:
+def plan_loop(tokens: int, capacity: int, formats: Mapping[str, str], limit: int, groups: int = 2) -> LoopPlan | None:
     """The plan with the longest rings that fits ``limit`` bytes of shared memory; None where none does.
 
     tokens: of the chunk. capacity: rows of the cache, the chunk's included. formats: of the stages.
@@ -192,7 +192,7 @@ class ExpertLoop:
         *,
         pdl: bool = True,
         trace: bool = False,
-        groups: int = 4,
+        groups: int = 2,
         macros: dict[str, int] | None = None,
     ) -> None:
         plan = plan_loop(tokens, capacity, formats, expert.shared_limit(device), groups)
@@ -231,7 +231,7 @@ class ExpertLoop:
         macros |= {f"FORMAT_{name.upper()}": expert.FORMATS[fmt] for name, fmt in formats.items()}
         self._kernel = Kernel(
             SOURCES, "expert_loop", macros | {"PDL": int(pdl), "TRACE": int(trace)},
-            threads=warps * 32,
+            threads=warps * 32 + 32,
              shared=plan.shared(), pdl=pdl, specific=True,
         )  # fmt: skip
         room, pairs = self._kernel.active_clusters((blocks, 1), 2), blocks // 2

@@ -76,12 +76,12 @@ __device__ __forceinline__ void attend(
             if (OWN == 2) store_shared4(v_to + place, v[TURNS + OWN - 1]);
         }
     }
-    copies_done();
-    __syncthreads();
+    asm volatile("cp.async.wait_group 1;" ::: "memory");  // the keys are there
+    block_barrier();
     MARK(16);
 
     const u32 count = range.count(), g = at.g, t = at.t;
-    float s[HALVES][2][4], top[HALVES][2];
+    float s[HALVES][2][4];
 #pragma unroll
     for (int i = 0; i < HALVES; i++)
 #pragma unroll
@@ -120,7 +120,7 @@ __device__ __forceinline__ void attend(
             best = quad_max(best);
             if (t == 0) m.top[warp][(row_half + i) * 16 + half * 8 + g] = best;
         }
-    __syncthreads();
+    block_barrier();
     u8* const p_memory = memory + A_P;
 #pragma unroll
     for (int i = 0; i < HALVES; i++)
@@ -130,7 +130,6 @@ __device__ __forceinline__ void attend(
             float best = m.top[0][row];
 #pragma unroll
             for (int w = 1; w < 8; w++) best = fmaxf(best, m.top[w][row]);
-            top[i][half] = best;
             const float from = best == MINUS_INFINITY ? 0.0f : best;  // no keys here at all
             float total = 0.0f;
 #pragma unroll
@@ -143,7 +142,8 @@ __device__ __forceinline__ void attend(
             total = quad_sum(total);
             if (t == 0) m.sum[warp][row] = total;
         }
-    __syncthreads();
+    copies_done();  // the values are there
+    block_barrier();
     MARK(25);
     constexpr int DIMS = HEAD_DIM / 8;  // of a warp here, of a block below
     float acc[HALVES][DIMS / 8][4];
@@ -172,29 +172,25 @@ __device__ __forceinline__ void attend(
         }
     }
     MARK(17);
-    // This part's result, normalised, goes to the parts that own its dims: warp w's to part w. A row's maximum and sum
-    // go to all of them.
+    // This part's result goes to the parts that own its dims: warp w's to part w. A row's maximum and sum go to all of them.
     u8* const outgoing = parcels + (P_SEEN + ((at.tile * PARTS + warp) * PARTS + at.part) * 2048 + lane * 8);
 #pragma unroll
     for (int i = 0; i < HALVES; i++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const u32 row = (row_half + i) * 16 + half * 8 + g;
-            float total = 0.0f;
-#pragma unroll
-            for (int w = 0; w < 8; w++) total += m.sum[w][row];
-            const float inverse = total > 0.0f ? 1.0f / total : total;  // 0 where there were no keys, NaN where one was
+        for (int half = 0; half < 2; half++)
 #pragma unroll
             for (int n = 0; n < DIMS / 8; n += 2)
                 post2(outgoing + (((row_half + i) * 2 + half) * 2 + n / 2) * 256,
-                      pack_bf16(acc[i][n][half * 2] * inverse, acc[i][n][half * 2 + 1] * inverse),
-                      pack_bf16(acc[i][n + 1][half * 2] * inverse, acc[i][n + 1][half * 2 + 1] * inverse));
-            if (warp == 0 && t == 0) {
-                const u32 box = M_TOPS + ((at.tile * PARTS + at.part) * QUERIES + row) * 8;
-                post2(mail + box, __float_as_uint(top[i][half]), __float_as_uint(total));
-                post2(next + box, EMPTY, EMPTY);
-            }
-        }
+                      pack_bf16(acc[i][n][half * 2], acc[i][n][half * 2 + 1]),
+                      pack_bf16(acc[i][n + 1][half * 2], acc[i][n + 1][half * 2 + 1]));
+    if (at.warp == 0) {  // a row a lane
+        float best = m.top[0][lane], total = m.sum[0][lane];
+#pragma unroll
+        for (int w = 1; w < 8; w++) best = fmaxf(best, m.top[w][lane]), total += m.sum[w][lane];
+        const u32 box = M_TOPS + ((at.tile * PARTS + at.part) * QUERIES + lane) * 8;
+        post2(mail + box, __float_as_uint(best), __float_as_uint(total));
+        post2(next + box, EMPTY, EMPTY);
+    }
     if (at.warp >= 8) return;
     // the owner: this warp's rows are those of quarter warp / 2, its dims two tiles of eight
     static_assert(DIMS == 32, "a warp's quarter");
@@ -220,8 +216,8 @@ __device__ __forceinline__ void attend(
     float weight = 0.0f, o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int c = 0; c < PARTS; c++) {
-        const float w = exp2_of(__uint_as_float(stats[c].x) - best) * __uint_as_float(stats[c].y);
-        weight += w;
+        const float w = exp2_of(__uint_as_float(stats[c].x) - best);
+        weight = fmaf(w, __uint_as_float(stats[c].y), weight);
         o[0] = fmaf(w, low_of(parts[c].x), o[0]), o[1] = fmaf(w, high_of(parts[c].x), o[1]);
         o[2] = fmaf(w, low_of(parts[c].y), o[2]), o[3] = fmaf(w, high_of(parts[c].y), o[3]);
     }

@@ -73,27 +73,23 @@ struct Arguments {
     float eps, scale;            // scale: log2(e) / sqrt(HEAD_DIM)
 };
 
-// All weights of this block, in the order of their use
-__device__ __forceinline__ Supply all_weights(const Arguments& p, bool projects) {
+// By the warp behind the workers: all weights of this block, in the order of their use
+__device__ __forceinline__ void stream_weights(const Arguments& p, Ring ring, bool projects) {
     constexpr u32 TAIL = WARPS * (N_O * Piece<FORMAT_O>::BYTES + N_GATE_UP * Piece<FORMAT_GATE_UP>::BYTES + N_DOWN * Piece<FORMAT_DOWN>::BYTES);
     constexpr u32 LONG = TAIL + WARPS * N_QKV * Piece<FORMAT_QKV>::BYTES;
     const u32 longs = min(blockIdx.x, 2 * QKV_PAIRS), tails = blockIdx.x - longs;
-    const u8* const first = p.weights + ((size_t)longs * LONG + (size_t)tails * TAIL) * p.layers;
-    return {first, ((projects ? N_QKV : 0) + N_O + N_GATE_UP + N_DOWN) * p.layers, projects ? 0 : N_QKV};
-}
-
-__device__ __forceinline__ void Ring::ask(u32 into, Supply& supply, bool projects) const {
-    if (supply.left == 0) return;
-    const int place = supply.position;
-    const u32 size = WARPS * (place < N_QKV ? Piece<FORMAT_QKV>::BYTES : place < N_QKV + N_O ? Piece<FORMAT_O>::BYTES :
-                              place < N_QKV + N_O + N_GATE_UP ? Piece<FORMAT_GATE_UP>::BYTES : Piece<FORMAT_DOWN>::BYTES);
+    const u8* next = p.weights + ((size_t)longs * LONG + (size_t)tails * TAIL) * p.layers;
     u64 policy;  // weights pass once a step: they shall not push keys and vectors out of L2
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    expect(barriers + into * 8, size);
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-                 ::"r"(data + into * SLOT), "l"(supply.next), "r"(size), "r"(barriers + into * 8), "l"(policy) : "memory");
-    supply.next += size, supply.left--;
-    supply.position = place + 1 == N_QKV + N_O + N_GATE_UP + N_DOWN ? (projects ? 0 : N_QKV) : place + 1;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#pragma unroll 1
+    for (int layer = 0; layer < p.layers; layer++)
+#pragma unroll 1
+        for (int stage = projects ? QKV : OUT; stage <= DOWN; stage++) {
+            const u32 size = WARPS * (stage == QKV ? Piece<FORMAT_QKV>::BYTES : stage == OUT ? Piece<FORMAT_O>::BYTES : stage == GATE_UP ? Piece<FORMAT_GATE_UP>::BYTES : Piece<FORMAT_DOWN>::BYTES);
+            const u32 pieces = stage == QKV ? N_QKV : stage == OUT ? N_O : stage == GATE_UP ? N_GATE_UP : N_DOWN;
+#pragma unroll 1
+            for (u32 piece = 0; piece < pieces; piece++, next += size) ring.ask(next, size, policy);
+        }
 }
 
 struct Place {  // who this thread is
@@ -117,6 +113,9 @@ struct OwnPlace {  // of the residual stream, for a thread of the first warpgrou
 };
 
 __device__ __forceinline__ float4 float4_at(const float* from) { return *reinterpret_cast<const float4*>(from); }
+// all but the warp that asks for weights
+__device__ __forceinline__ void block_barrier() { asm volatile("bar.sync %0, %1;" ::"n"(GROUPS + 1), "n"(WORKERS) : "memory"); }
+
 #if TRACE
 #define MARK(i) if (at.tid == 0) p.trace[((size_t)blockIdx.x * p.layers + layer) * 32 + (i)] = clock64()
 #else
@@ -144,18 +143,24 @@ __device__ __forceinline__ void post_stream(
     if (token < TOKENS) post2(next + place, EMPTY, EMPTY);
 }
 
-// 1 / rms of each token's row, from the sums of squares of all tiles; a quarter of them a thread
-__device__ __forceinline__ void take_roots(const Place& at, const u8* from, float* roots, float eps) {
-    if (at.warp >= (4 * TOKENS + 31) / 32) return;
-    const u32 token = min(at.tid / 4, (u32)TOKENS - 1);
-    uint4 v = peek4(from + (token * TILES + at.t * 4) * 4);
-    for (u32 tries = 0; top_of(v) == EMPTY; tries++) {
-        v = peek4(from + (token * TILES + at.t * 4) * 4);
-        if (tries > PATIENCE) __trap();
+// 1 / rms of each token's row, from the sums of squares of all tiles; a quarter of them a thread. Asked for while the
+// activations come.
+struct Squares {
+    uint4 v;
+    __device__ __forceinline__ static const u8* place(const Place& at, const u8* from) {
+        return from + (min(at.tid / 4, (u32)TOKENS - 1) * TILES + at.t * 4) * 4;
     }
-    const float sum = quad_sum(__uint_as_float(v.x) + __uint_as_float(v.y) + __uint_as_float(v.z) + __uint_as_float(v.w));
-    if (at.t == 0) roots[token] = rsqrtf(sum / WIDTH + eps);
-}
+    __device__ __forceinline__ void ask(const Place& at, const u8* from) { v = peek4(place(at, from)); }
+    __device__ __forceinline__ void keep(const Place& at, const u8* from, float* roots, float eps) {
+        if (at.warp >= (4 * TOKENS + 31) / 32) return;
+        for (u32 tries = 0; top_of(v) == EMPTY; tries++) {
+            ask(at, from);
+            if (tries > PATIENCE) __trap();
+        }
+        const float sum = quad_sum(__uint_as_float(v.x) + __uint_as_float(v.y) + __uint_as_float(v.z) + __uint_as_float(v.w));
+        if (at.t == 0) roots[min(at.tid / 4, (u32)TOKENS - 1)] = rsqrtf(sum / WIDTH + eps);
+    }
+};
 
 // What a stage's end wants of a layer's vectors, brought while its activations and products are under way: scales of rows;
 // the norm's shift, or the gate; the next norm's factor.
@@ -190,7 +195,7 @@ __device__ __forceinline__ float4 sum_of(u32 from, u32 tile, u32 sources, u32 ap
 __device__ __forceinline__ void post_to_owners(const Place& at, u32 sums, u8* parcels) {
     const u32 own = sums + at.tid % 128 * 16;
     u8* const box = parcels + (at.tile * (NT * PARTS * 2048) + at.part * 2048 + at.tid % 128 * 16);
-#pragma unroll 1
+#pragma unroll 2
     for (u32 n = at.group; n < NT; n += GROUPS) {
         const float4 v = sum_of(own, n, GROUPS, 1);
         post4(box + n * (PARTS * 2048), make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)));

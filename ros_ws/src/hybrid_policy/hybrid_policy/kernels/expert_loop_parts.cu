@@ -20,7 +20,8 @@ __device__ __forceinline__ void wait_bytes(u32 barrier, u32 parity) {
 
 // ---- weights: one bulk copy brings the next piece of all warps, in the order of their use, as soon as the last of
 // them has read what was there. (A copy a warp costs as many times the issue, some 50 cycles each, one after the other.)
-// One thread asks for the next, once all have read the one before the one they read now.
+// A warp of its own, behind the workers, asks for them (`stream_weights` in expert_loop_layout.cu): asking takes some 300
+// clocks, which a worker's products would wait for.
 
 template <int FORMAT> struct Piece {  // a warp's share of one bulk copy
     static constexpr int SIXTEENS = 8 / GROUPS;  // of each lane, bytes
@@ -30,28 +31,22 @@ template <int FORMAT> struct Piece {  // a warp's share of one bulk copy
 };
 constexpr int SLOT = 32 * (HAS_FORMAT(2) ? 640 : 512);
 
-struct Supply {  // of weights, in shared memory, for the thread that asks for them
-    const u8* next;
-    int left, position;  // pieces still to be asked for; place of ``next`` in its layer
-};
-
 struct Ring {
     u32 data, barriers;  // slots; of each a barrier that it is full, and behind those one that it is empty
     u32 slot = 0, parity = 0;
 
-    __device__ __forceinline__ u32 arrived() const {
-        wait_bytes(barriers + slot * 8, parity);
-        return data + slot * SLOT;
-    }
-    __device__ __forceinline__ void read() const { arrive(barriers + (SLOTS + slot) * 8); }  // by every thread, at once
+    __device__ __forceinline__ u32 full() const { return barriers + slot * 8; }
+    __device__ __forceinline__ u32 empty() const { return barriers + (SLOTS + slot) * 8; }
     __device__ __forceinline__ void advance() {
         if (++slot == SLOTS) slot = 0, parity ^= 1;
     }
-    __device__ __forceinline__ void ask(u32 into, Supply& supply, bool projects) const;  // in expert_loop_layout.cu
-    __device__ __forceinline__ void ask_again(Supply& supply, bool projects) const {     // before `advance`
-        const u32 into = slot ? slot - 1 : SLOTS - 1;
-        wait_bytes(barriers + (SLOTS + into) * 8, slot ? parity : parity ^ 1);
-        ask(into, supply, projects);
+    // by one thread: ask for the next piece, once its slot is empty
+    __device__ __forceinline__ void ask(const u8* from, u32 size, u64 policy) {
+        wait_bytes(empty(), parity ^ 1);
+        expect(full(), size);
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+                     ::"r"(data + slot * SLOT), "l"(from), "r"(size), "r"(full()), "l"(policy) : "memory");
+        advance();
     }
 };
 
@@ -103,20 +98,20 @@ __device__ __forceinline__ void await_word(const void* from) {
 }
 
 __device__ __forceinline__ void post(void* to, u32 value) {
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+        asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
 
 __device__ __forceinline__ void post2(void* to, u32 a, u32 b) {
-    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
+        asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
 }
 
 __device__ __forceinline__ void post4(void* to, const uint4& v) {
-    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+        asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 __device__ __forceinline__ uint2 peek2(const void* from) {
     uint2 v;
-    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from) : "memory");
+        asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from) : "memory");
     return v;
 }
 
@@ -125,12 +120,14 @@ __device__ __forceinline__ uint2 peek2(const void* from) {
 // in it; stride: bytes from token to token. Rows behind TOKENS are the last one's: what becomes of them stays in their
 // own columns, and nobody looks.
 
+__device__ __forceinline__ void await_tokens(const u8* from, u32 t, u32 blocks, u32 stride) {
+    // a word of every fourth token, of both halves of the columns
+    const u32 lane = t % 32, token = min(lane / 2 * 4 + t / 32, (u32)TOKENS - 1);
+    await_word(from + token * stride + lane % 2 * (blocks * 64));
+}
+
 __device__ __forceinline__ void take_tokens(u32 to, const u8* from, u32 t, u32 blocks, u32 stride) {
     constexpr int TURNS = (MT + 15) / 16, BATCH = 2;  // sixteen tokens a turn
-    {  // a word of every fourth token, of both halves of the columns
-        const u32 lane = t % 32, token = min(lane / 2 * 4 + t / 32, (u32)TOKENS - 1);
-        await_word(from + token * stride + lane % 2 * (blocks * 64));
-    }
     const u32 piece = t % 8, first = t / 8;
     from += first * stride + piece * 16;
     const u32 last = (min(first + (TURNS - 1) * 16, (u32)TOKENS - 1) - first) * stride;
@@ -210,10 +207,28 @@ __device__ __forceinline__ void operand_of(u32 (&a)[4], const uint4& w, int step
     }
 }
 
-// d = W x over ``pieces`` of the ring; x: shared address of the first block of 64 columns, the same in all lanes. Nothing is
-// under way from piece to piece: else the compiler moves the sums elsewhere behind the loop before they are there.
+// A lane's words of a piece: codes, and scales where there are some
+struct Words {
+    uint4 codes[8 / GROUPS], scales[8 / GROUPS];
+    __device__ __forceinline__ void read(Ring& ring, u32 warp, u32 lane, bool scaled) {
+        constexpr int SIXTEENS = 8 / GROUPS;
+        wait_bytes(ring.full(), ring.parity);
+        const u32 from = ring.data + ring.slot * SLOT + warp * (SIXTEENS * (scaled ? 640 : 512));
+#pragma unroll
+        for (int i = 0; i < SIXTEENS; i++) codes[i] = load_shared4(from + i * 512 + lane * 16);
+        if (HAS_FORMAT(2) && scaled)
+#pragma unroll
+            for (int i = 0; i < SIXTEENS; i++) scales[i] = load_shared4(from + SIXTEENS * 512 + i * 128 + lane / 4 * 16);
+        arrive(ring.empty());
+        ring.advance();
+    }
+};
+
+// d = W x over ``pieces`` of the ring, of which ``words`` has the first; x: shared address of the first block of 64 columns.
+// Nothing is under way from piece to piece: else the compiler moves the sums elsewhere behind the loop before they are
+// there.
 template <int FORMAT>
-__device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, Supply& supply, bool projects, u32 x, u32 pieces, u32 warp, u32 lane) {
+__device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& ring, u32 x, u32 pieces, u32 warp, u32 lane) {
     constexpr int STEPS = Piece<FORMAT>::STEPS, BATCH = Piece<FORMAT>::PER16, SIXTEENS = Piece<FORMAT>::SIXTEENS;
     // K-major, 128-byte swizzle, 1024 bytes from eight tokens to the next eight
     constexpr u32 HIGH = 64 | 1u << 30, APART = STEPS >= 4 ? STEPS / 4 * (MT * 8) : 4;
@@ -221,23 +236,15 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, Supply& 
 #pragma unroll
     for (int i = 0; i < 4 * NT; i++) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i]));  // here, not long before
 #pragma unroll 1
-    for (u32 piece = 0; piece < pieces; piece++) {
-        const u32 from = ring.arrived() + warp * Piece<FORMAT>::BYTES;
-        uint4 w[SIXTEENS], s[SIXTEENS];
-#pragma unroll
-        for (int i = 0; i < SIXTEENS; i++) {
-            w[i] = load_shared4(from + i * 512 + lane * 16);
-            if constexpr (FORMAT == 2) s[i] = load_shared4(from + SIXTEENS * 512 + i * 128 + lane / 4 * 16);
-        }
-        ring.read();
+    for (u32 piece = 0;;) {
 #pragma unroll
         for (int i = 0; i < SIXTEENS; i++) {
             u32 a[BATCH][4];
 #pragma unroll
             for (int k = 0; k < BATCH; k++) {
                 u32 scales = 0;
-                if constexpr (FORMAT == 2) scales = k == 0 ? s[i].x : k == 1 ? s[i].y : k == 2 ? s[i].z : s[i].w;
-                operand_of<FORMAT>(a[k], w[i], k, scales);
+                if constexpr (FORMAT == 2) scales = k == 0 ? words.scales[i].x : k == 1 ? words.scales[i].y : k == 2 ? words.scales[i].z : words.scales[i].w;
+                operand_of<FORMAT>(a[k], words.codes[i], k, scales);
             }
             products_begin();
 #pragma unroll
@@ -250,9 +257,10 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Ring& ring, Supply& 
         }
         // blocks of four k steps; a piece of two (bf16, four groups) is half of one
         here += STEPS >= 4 ? APART : piece % 2 ? MT * 8 - APART : APART;
-        if (warp == WARPS - 1 && lane == 0) ring.ask_again(supply, projects);
-        ring.advance();
+        const bool more = ++piece < pieces;
+        if (more) words.read(ring, warp, lane, FORMAT == 2);  // while the products are under way
         products_wait<0>();
+        if (!more) break;
     }
 }
 
