@@ -31,7 +31,7 @@ EVENTS = {
     "attention: all there": (4, 16), "attention: scores": (16, 24), "attention: weights": (24, 25),
     "attention: products": (25, 17), "attention: posted": (17, 18),
     "attention: parts there": (18, 19), "attention: summed, posted": (19, 5), "o: activations there": (5, 6),
-    "o: product": (6, 7), "o: partial sums posted": (7, 8), "o: parts there": (8, 27), "o: posted": (27, 28), "o: emptied": (28, 9),
+    "o: product": (6, 7), "o: partial sums posted": (7, 8), "o: parts there": (8, 27), "o: posted": (27, 9),
     "gate up: activations there": (9, 10), "gate up: product": (10, 11), "gate up: sums of the block": (11, 22),
     "gate up: sent to the pair": (22, 23), "gate up: posted": (23, 12),
     "down: activations there": (13, 14), "down: product": (14, 26), "down: posted": (26, 15),

@@ -54,6 +54,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
     for (int layer = 0; layer < p.layers; layer++) {
         const float* const vectors = p.vectors + (size_t)layer * V_LAYER;
         const float* const row_scale = p.row_scale + (size_t)layer * R_LAYER;
+        const u32 phase = turn % 2;
         const size_t cache = (size_t)layer * p.capacity * HEAD_DIM;
         // One body for the four products: an instruction that is there once is fetched once (a layer written out four
         // times over was 150 KB of code, more than the instruction cache, and took three times as long).
@@ -77,7 +78,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                 if (attends) {
                     fetch_prefix(at, KeyRange(prefix, at.part), sums_memory, p.values + cache);
                     copies_commit();
-                    attend(at, KeyRange(prefix, at.part), memory, attention, mail, next, parcels, p.scale, p, layer);
+                    attend(at, KeyRange(prefix, at.part), memory, attention, mail, next, parcels, phase, p.scale, p, layer);
                     block_barrier();  // values are read: partial sums may take their place
                 }
             }
@@ -94,7 +95,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
             Squares squares;
             Words words;  // of the first piece: they wait for the activations, not the other way round
             words.read(ring, at.warp, at.lane, format == 2);
-            await_tokens(activations, at.tid % 128, blocks, width * 2);
+            await_tokens(activations, at.tid % 128, at.group, blocks, width * 2);
             if (in_pair) squares.ask(at, squares_at);
             take_tokens(mine, activations, at.tid % 128, blocks, width * 2);
             if (stage == GATE_UP) block_barrier(); else group_barrier(at.group);
@@ -194,7 +195,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                 block_barrier();  // the sums are read: values, or the next stage's, may take their place
             } else {
                 u8* const sums_at = parcels + (stage == OUT ? P_OUT : P_DOWN);
-                post_to_owners(at, sums_memory, sums_at);
+                post_to_owners(at, sums_memory, sums_at, phase);
                 MARK(stage == OUT ? 8 : 15);
                 if (stage == DOWN) {
                     turn = (turn + 1) % 4;
@@ -206,7 +207,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                 if (owns && at.group == 0) {
                     const OwnPlace own(at);
                     const float4 third = float4_at(tables.third + local_row);
-                    const float4 v = four_rows(sum_of_parts(at, sums_at), at.odd);
+                    const float4 v = four_rows(sum_of_parts(at, sums_at, phase), at.odd);
                     if (stage == OUT) MARK(27);
                     float4 h = stream[at.tid];
                     h.x = fmaf(v.x * scale.x, second.x, h.x), h.y = fmaf(v.y * scale.y, second.y, h.y);
@@ -216,8 +217,6 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                         post_stream(at, h, third, mail, next, stage == OUT ? M_IN2 : M_IN1, stage == OUT ? M_SQUARES2 : M_SQUARES1, own_squares);
                     else if (own.token < TOKENS)
                         *reinterpret_cast<float4*>(p.h + own.token * WIDTH + own.column) = h;
-                    if (stage == OUT) MARK(28);
-                    empty_parts(at, sums_at);
                 }
                 if (stage == DOWN) block_barrier();  // the scratch is read: values may take its place
             }

@@ -217,10 +217,10 @@ class ExpertLoop:
         rows = sum(shape[0] for shape in STAGES.values())
         self.row_scale = torch.empty(layers, rows, device=device)
         self.vectors = torch.empty(steps, layers, rows + 2 * WIDTH, device=device)
-        self._mail = torch.full((4, plan.mail_words), _EMPTY, dtype=torch.int32, device=device)
-        self._parcels = torch.full((plan.parcel_words,), _EMPTY, dtype=torch.int32, device=device)
+        self._mail = torch.full((4 * plan.mail_words + plan.parcel_words,), _EMPTY, dtype=torch.int32, device=device)
+        self._parcels = self._mail[4 * plan.mail_words :]
         self.clocks = torch.zeros(blocks, layers, 32, dtype=torch.int64, device=device) if trace else None
-        chosen = {"BACKOFF": 20, "FENCED": 1} | (macros or {})
+        chosen = {"BACKOFF": 20, "FENCED": 1, "AWAIT": 3} | (macros or {})
         macros = chosen | {
             "TOKENS": tokens,
             "MT": plan.padded,
@@ -327,7 +327,7 @@ class ExpertLoop:
     def nbytes(self) -> int:
         """Bytes of weights, vectors and mail."""
         return (
-            self.weights.nbytes + self.row_scale.nbytes + self.vectors.nbytes + self._mail.nbytes + self._parcels.nbytes
+            self.weights.nbytes + self.row_scale.nbytes + self.vectors.nbytes + self._mail.nbytes
         )
 
 

@@ -33,7 +33,7 @@ struct AttentionMemory {
 };
 
 __device__ __forceinline__ void attend(
-    const Place& at, const KeyRange& range, u8* memory, AttentionMemory& m, u8* mail, u8* next, u8* parcels, float scale, const Arguments& p, int layer) {
+    const Place& at, const KeyRange& range, u8* memory, AttentionMemory& m, u8* mail, u8* next, u8* parcels, u32 phase, float scale, const Arguments& p, int layer) {
     const u32 base = shared_address(memory), k_to = base + A_X, v_to = base + A_SUMS, q_to = base + A_Q;
     const u32 first_row = at.tile * QUERIES, lane = at.lane;
     // a warp has 16 keys, then 32 dims, for both halves of the rows or, of sixteen warps, for one
@@ -180,9 +180,9 @@ __device__ __forceinline__ void attend(
         for (int half = 0; half < 2; half++)
 #pragma unroll
             for (int n = 0; n < DIMS / 8; n += 2)
-                post2(outgoing + (((row_half + i) * 2 + half) * 2 + n / 2) * 256,
-                      pack_bf16(acc[i][n][half * 2], acc[i][n][half * 2 + 1]),
-                      pack_bf16(acc[i][n + 1][half * 2], acc[i][n + 1][half * 2 + 1]));
+                post_parcel2(outgoing + (((row_half + i) * 2 + half) * 2 + n / 2) * 256,
+                             pack_bf16(acc[i][n][half * 2], acc[i][n][half * 2 + 1]),
+                             pack_bf16(acc[i][n + 1][half * 2], acc[i][n + 1][half * 2 + 1]), phase);
     if (at.warp == 0) {  // a row a lane
         float best = m.top[0][lane], total = m.sum[0][lane];
 #pragma unroll
@@ -195,17 +195,18 @@ __device__ __forceinline__ void attend(
     // the owner: this warp's rows are those of quarter warp / 2, its dims two tiles of eight
     static_assert(DIMS == 32, "a warp's quarter");
     const u32 quarter = warp / 2, r = quarter / 2 * 16 + quarter % 2 * 8 + g, row = first_row + r;
-    u8* const incoming = parcels + (P_SEEN + (at.tile * PARTS + at.part) * (PARTS * 2048) + warp * 256 + lane * 8);
+    const u8* const incoming = parcels + (P_SEEN + (at.tile * PARTS + at.part) * (PARTS * 2048) + warp * 256 + lane * 8);
     const u8* const tops_at = mail + (M_TOPS + (at.tile * PARTS * QUERIES + r) * 8);
     uint2 stats[PARTS], parts[PARTS];
+    if (AWAIT & 2) await_parcel(incoming - lane * 8 + lane % PARTS * 2048, phase);
     MARK(18);
     for (u32 tries = 0;; tries++) {
-        u32 top_word = 0;
+        u32 top_word = 0, missing = 0;
 #pragma unroll
         for (int c = 0; c < PARTS; c++) stats[c] = peek2(tops_at + c * (QUERIES * 8)), parts[c] = peek2(incoming + c * 2048);
 #pragma unroll
-        for (int c = 0; c < PARTS; c++) top_word = max(top_word, max(top_of(stats[c]), top_of(parts[c])));
-        if (top_word != EMPTY) break;
+        for (int c = 0; c < PARTS; c++) top_word = max(top_word, top_of(stats[c])), missing |= parts[c].x ^ phase;
+        if (top_word != EMPTY && !(missing & 1)) break;
         if (BACKOFF) __nanosleep(BACKOFF);
         if (tries > PATIENCE) __trap();
     }
@@ -229,6 +230,4 @@ __device__ __forceinline__ void attend(
         post(next + place, EMPTY);
         post(next + place + 16, EMPTY);
     }
-#pragma unroll
-    for (int c = 0; c < PARTS; c++) post2(incoming + c * 2048, EMPTY, EMPTY);
 }

@@ -192,28 +192,29 @@ __device__ __forceinline__ float4 sum_of(u32 from, u32 tile, u32 sources, u32 ap
 }
 
 // Token tile n of a product cut into parts goes to part n, whose block owns it: [part of K, row tile of four, lane] 16 bytes
-__device__ __forceinline__ void post_to_owners(const Place& at, u32 sums, u8* parcels) {
+__device__ __forceinline__ void post_to_owners(const Place& at, u32 sums, u8* parcels, u32 phase) {
     const u32 own = sums + at.tid % 128 * 16;
     u8* const box = parcels + (at.tile * (NT * PARTS * 2048) + at.part * 2048 + at.tid % 128 * 16);
 #pragma unroll 2
     for (u32 n = at.group; n < NT; n += GROUPS) {
-        const float4 v = sum_of(own, n, GROUPS, 1);
-        post4(box + n * (PARTS * 2048), make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)));
+        post_parcel4(box + n * (PARTS * 2048), sum_of(own, n, GROUPS, 1), phase);
     }
 }
 
 // What post_to_owners sent to this block, added in the order of the parts; by a warpgroup
-__device__ __forceinline__ float4 sum_of_parts(const Place& at, u8* parcels) {
-    u8* const box = parcels + ((at.tile * NT + at.part) * (PARTS * 2048) + at.tid % 128 * 16);
-    await_word(box - at.lane * 16 + at.lane % PARTS * 2048);
+__device__ __forceinline__ float4 sum_of_parts(const Place& at, const u8* parcels, u32 phase) {
+    const u8* const box = parcels + ((at.tile * NT + at.part) * (PARTS * 2048) + at.tid % 128 * 16);
+    if (AWAIT & 1) await_parcel(box - at.lane * 16 + at.lane % PARTS * 2048, phase);
     uint4 v[PARTS];
     for (u32 tries = 0;; tries++) {
-        u32 top = 0;
+        const u32 other = 0 - phase;  // a word of this layer has its lowest bit
+        u32 missing = 0;
 #pragma unroll
         for (int i = 0; i < PARTS; i++) v[i] = peek4(box + i * 2048);
 #pragma unroll
-        for (int i = 0; i < PARTS; i++) top = max(top, top_of(v[i]));
-        if (top != EMPTY) break;
+        for (int i = 0; i < PARTS; i++) missing |= (v[i].x ^ other) | (v[i].y ^ other) | (v[i].z ^ other) | (v[i].w ^ other);
+        if (!(missing & 1)) break;
+        if (BACKOFF) __nanosleep(BACKOFF);
         if (tries > PATIENCE) __trap();
     }
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -221,10 +222,4 @@ __device__ __forceinline__ float4 sum_of_parts(const Place& at, u8* parcels) {
     for (int i = 0; i < PARTS; i++)
         add(sum, make_float4(__uint_as_float(v[i].x), __uint_as_float(v[i].y), __uint_as_float(v[i].z), __uint_as_float(v[i].w)));
     return sum;
-}
-
-__device__ __forceinline__ void empty_parts(const Place& at, u8* parcels) {
-    u8* const box = parcels + ((at.tile * NT + at.part) * (PARTS * 2048) + at.tid % 128 * 16);
-#pragma unroll
-    for (int i = 0; i < PARTS; i++) post4(box + i * 2048, make_uint4(EMPTY, EMPTY, EMPTY, EMPTY));
 }

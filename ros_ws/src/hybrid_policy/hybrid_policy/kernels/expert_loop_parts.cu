@@ -67,9 +67,8 @@ __device__ __forceinline__ void store_shared4(u32 address, const uint4& v) {
 }
 
 // ---- mail: a word that is not EMPTY has arrived, so no flag, no fence and no second trip is needed. Four copies
-// take turns from layer to layer. What many read, its writer empties in the copy after the next, which everybody has read
-// two layers ago; what one block reads (parcels, there once), that block empties when it has it. Emptying comes behind
-// posting: stores leave in order. Mail must be small: what falls out of L2 comes back from memory, at every poll.
+// take turns from layer to layer. A word's writer empties it in the copy after the next, which everybody has read two layers
+// ago. Emptying comes behind posting: stores leave in order. Mail must be small: what falls out of L2 comes back from memory, at every poll.
 
 __device__ __forceinline__ uint4 peek4(const void* from) {
     uint4 v;
@@ -109,10 +108,32 @@ __device__ __forceinline__ void post4(void* to, const uint4& v) {
         asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
+// ---- parcels: what one block reads, there once. Each word's lowest bit (of the four bf16 of a pair, one's) is the parity of
+// the layer, so that nobody empties them: a layer's worth of stores, at 20 bytes a clock, is half a microsecond.
+
+__device__ __forceinline__ void post_parcel4(void* to, const float4& v, u32 phase) {
+    const auto tagged = [&](float x) { return (__float_as_uint(x) & ~1u) | phase; };
+    post4(to, make_uint4(tagged(v.x), tagged(v.y), tagged(v.z), tagged(v.w)));
+}
+
+// a lane's word; see await_word
+__device__ __forceinline__ void await_parcel(const void* from, u32 phase) {
+    for (u32 tries = 0; (peek(from) ^ phase) & 1; tries++) {
+        if (BACKOFF) __nanosleep(BACKOFF);
+        if (tries > PATIENCE) __trap();
+    }
+    __syncwarp();
+}
+
+// in one piece
+__device__ __forceinline__ void post_parcel2(void* to, u32 a, u32 b, u32 phase) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"((u64)b << 32 | (a & ~1u) | phase) : "memory");
+}
+
 __device__ __forceinline__ uint2 peek2(const void* from) {
-    uint2 v;
-        asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from) : "memory");
-    return v;
+    u64 v;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
+    return make_uint2((u32)v, (u32)(v >> 32));
 }
 
 // ---- activations: ``blocks`` blocks of 64 columns of each token, from mail to shared memory as wgmma's B operand (K-major,
@@ -120,44 +141,42 @@ __device__ __forceinline__ uint2 peek2(const void* from) {
 // in it; stride: bytes from token to token. Rows behind TOKENS are the last one's: what becomes of them stays in their
 // own columns, and nobody looks.
 
-__device__ __forceinline__ void await_tokens(const u8* from, u32 t, u32 blocks, u32 stride) {
-    // a word of every fourth token, of both halves of the columns
-    const u32 lane = t % 32, token = min(lane / 2 * 4 + t / 32, (u32)TOKENS - 1);
-    await_word(from + token * stride + lane % 2 * (blocks * 64));
+// a word of every fourth token, of both halves of the columns: eight of them a warp
+__device__ __forceinline__ void await_tokens(const u8* from, u32 t, u32 group, u32 blocks, u32 stride) {
+    const u32 index = t / 32 * 8 + t % 8, token = min(index / 2 * 4, (u32)TOKENS - 1);
+    await_word(from + token * stride + index % 2 * (blocks * 64));
+    group_barrier(group);
 }
 
 __device__ __forceinline__ void take_tokens(u32 to, const u8* from, u32 t, u32 blocks, u32 stride) {
-    constexpr int TURNS = (MT + 15) / 16, BATCH = 2;  // sixteen tokens a turn
+    constexpr int TURNS = (MT + 15) / 16, MOST = 8 / GROUPS, FEW = MOST / 2;  // sixteen tokens a turn; blocks
+    const bool all = blocks > FEW;
     const u32 piece = t % 8, first = t / 8;
     from += first * stride + piece * 16;
     const u32 last = (min(first + (TURNS - 1) * 16, (u32)TOKENS - 1) - first) * stride;
     to += first * 128 + ((piece ^ first % 8) * 16);
-#pragma unroll 1
-    for (u32 block = 0; block < blocks; block += BATCH, from += BATCH * 128, to += BATCH * MT * 128) {
-        uint4 v[BATCH][TURNS];
-        const bool both = block + 1 < blocks;
-        for (u32 tries = 0;; tries++) {
-            u32 top = 0;
+    uint4 v[MOST][TURNS];
+    for (u32 tries = 0;; tries++) {
+        u32 top = 0;
 #pragma unroll
-            for (int b = 0; b < BATCH; b++)
-                if (b == 0 || both)
+        for (int b = 0; b < MOST; b++)
+            if (b < FEW || all)
 #pragma unroll
-                    for (int j = 0; j < TURNS; j++) v[b][j] = peek4(from + (b * 128 + (j + 1 < TURNS ? j * 16 * stride : last)));
+                for (int j = 0; j < TURNS; j++) v[b][j] = peek4(from + (b * 128 + (j + 1 < TURNS ? j * 16 * stride : last)));
 #pragma unroll
-            for (int b = 0; b < BATCH; b++)
-                if (b == 0 || both)
+        for (int b = 0; b < MOST; b++)
+            if (b < FEW || all)
 #pragma unroll
-                    for (int j = 0; j < TURNS; j++) top = max(top, top_of(v[b][j]));
-            if (top != EMPTY) break;
-            if (tries > PATIENCE) __trap();
-        }
-#pragma unroll
-        for (int b = 0; b < BATCH; b++)
-            if (b == 0 || both)
-#pragma unroll
-                for (int j = 0; j < TURNS; j++)
-                    if (j * 16 + 16 <= MT || first + j * 16 < MT) store_shared4(to + (b * MT + j * 16) * 128, v[b][j]);
+                for (int j = 0; j < TURNS; j++) top = max(top, top_of(v[b][j]));
+        if (top != EMPTY) break;
+        if (tries > PATIENCE) __trap();
     }
+#pragma unroll
+    for (int b = 0; b < MOST; b++)
+        if (b < FEW || all)
+#pragma unroll
+            for (int j = 0; j < TURNS; j++)
+                if (j * 16 + 16 <= MT || first + j * 16 < MT) store_shared4(to + (b * MT + j * 16) * 128, v[b][j]);
     publish_to_tensor_core();
 }
 
