@@ -41,13 +41,12 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
 
     u32 turn = p.turn;
     u8* mail = p.mail + turn * MAIL;
-    u8* next = p.mail + (turn + 2) % 4 * MAIL;
     u8* const parcels = p.parcels;
     if (owns && start.group == 0) {
         const OwnPlace own(start);
         const float4 h = own.token < TOKENS ? float4_at(p.h + own.token * WIDTH + own.column) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         stream[start.tid] = h;
-        post_stream(start, h, float4_at(p.vectors + V_FACTOR1 + own.column), mail, next, M_IN1, M_SQUARES1, own_squares);
+        post_stream(start, h, float4_at(p.vectors + V_FACTOR1 + own.column), mail, M_IN1, M_SQUARES1, own_squares);
     }
 
 #pragma unroll 1
@@ -78,7 +77,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                 if (attends) {
                     fetch_prefix(at, KeyRange(prefix, at.part), sums_memory, p.values + cache);
                     copies_commit();
-                    attend(at, KeyRange(prefix, at.part), memory, attention, mail, next, parcels, phase, p.scale, p, layer);
+                    attend(at, KeyRange(prefix, at.part), memory, attention, mail, parcels, phase, p.scale, p, layer);
                     block_barrier();  // values are read: partial sums may take their place
                 }
             }
@@ -127,7 +126,17 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                     }
                 }
             }
-            store_sums(at, d, sums_memory);
+            const u32 box = (row_tile * 32 + at.lane) * 16;
+            const u32 other = of_rank(inbox, low) + box, other_barrier = of_rank(pair_barrier, low);
+            if (in_pair && at.tid == 0) expect(pair_barrier, tiles * row_tiles * 512);
+            if (stage == GATE_UP) {  // each warpgroup has rows of its own: the other block's tiles go there at once
+#pragma unroll
+                for (int n = 0; n < LOW_TILES; n++)
+                    if (!low) push4(other + n * 4096, other_barrier, d + 4 * n);
+                    else if (n < NT - LOW_TILES) push4(other + n * 4096, other_barrier, d + 4 * (n + LOW_TILES));
+            } else {
+                store_sums(at, d, sums_memory);
+            }
             if (in_pair) squares.keep(at, squares_at, roots, p.eps);
             if (at.warp < 3) copies_done();  // the tables
             block_barrier();  // partial sums are there, and the activations read
@@ -137,19 +146,16 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
             // one's four rows among the block's, and among the sums
             const float4 scale = float4_at(tables.scale + local_row), second = float4_at(tables.second + local_row);
             if (in_pair) {
-                // Token tiles' partial sums meet in the block that owns them. Those of the other block go there first.
-                const u32 sources = stage == QKV ? GROUPS : GROUPS / 2, apart = GROUPS / sources, mine_first = at.warp / row_tiles;
-                const u32 sums = sums_memory + (row_tile / 4 * (NT * 128) + row_tile % 4 * 32 + at.lane) * 16;
-                const u32 box = (row_tile * 32 + at.lane) * 16;
-                if (at.tid == 0) expect(pair_barrier, tiles * row_tiles * 512);
-                const u32 other = of_rank(inbox, low), other_barrier = of_rank(pair_barrier, low);
+                // Token tiles' partial sums meet in the block that owns them.
+                const u32 sums = sums_memory + at.tid % 128 * 16;
+                if (stage == QKV) {
 #pragma unroll 2
-                for (u32 n = mine_first; n < NT - tiles; n += sources) {
-                    const float4 v = sum_of(sums, other_tile + n, sources, apart);
-                    push4(other + box + n * row_tiles * 512, other_barrier, &v.x);
+                    for (u32 n = at.group; n < NT - tiles; n += GROUPS) {
+                        const float4 v = sum_of(sums, other_tile + n);
+                        push4(other + n * 2048, other_barrier, &v.x);
+                    }
+                    MARK(21);
                 }
-                if (stage == QKV) MARK(21);
-                if (stage == GATE_UP) MARK(23);
                 if (stage == QKV && attends) {
                     fetch_prefix(at, KeyRange(prefix, at.part), x, p.keys + cache);
                     copies_commit();
@@ -161,8 +167,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                     for (int j = 0; j < 4 / GROUPS; j++) {
                         const u32 n = at.group + j * GROUPS, token = (first_tile + n) * 8 + token_in_tile;
                         if (n >= tiles) break;
-                        float4 v = sum_of(sums, first_tile + n, sources, apart);
-                        add(v, load_shared_float4(inbox + box + n * row_tiles * 512));
+                        float4 v = sum_of(sums, first_tile + n);
+                        add(v, load_shared_float4(inbox + box + n * 2048));
                         v = four_rows(v, at.odd);
                         if (token >= TOKENS) continue;
                         const float root = roots[token];
@@ -173,23 +179,22 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                         const u32 to = (head < HEADS ? M_Q + (token * HEADS + head) * (HEAD_DIM * 2) : (head == HEADS ? M_K : M_V) + token * (HEAD_DIM * 2)) + i * 2;
                         post(mail + to, pack_bf16(p0 * c.x - q0 * s.x, p1 * c.y - q1 * s.y));
                         post(mail + to + HALF * 2, pack_bf16(q0 * c.x + p0 * s.x, q1 * c.y + p1 * s.y));
-                        post(next + to, EMPTY);
-                        post(next + to + HALF * 2, EMPTY);
                     }
                 } else {
                     const u32 to = M_ACT + (first_row + local_row);  // two rows a feature of two bytes
-#pragma unroll 2
-                    for (u32 n = mine_first; n < tiles; n += sources) {
+#pragma unroll
+                    for (int n = 0; n < LOW_TILES; n++) {
+                        if (n >= tiles) break;
                         const u32 token = (first_tile + n) * 8 + token_in_tile;
-                        float4 v = sum_of(sums, first_tile + n, sources, apart);
-                        add(v, load_shared_float4(inbox + box + n * row_tiles * 512));
+                        const int high = 4 * min(n + LOW_TILES, NT - 1);
+                        float4 v = low ? make_float4(d[4 * n], d[4 * n + 1], d[4 * n + 2], d[4 * n + 3]) : make_float4(d[high], d[high + 1], d[high + 2], d[high + 3]);
+                        add(v, load_shared_float4(inbox + box + n * 4096));
                         v = four_rows(v, at.odd);
                         if (token >= TOKENS) continue;
                         const float root = roots[token];
                         const float a = geglu(fmaf(v.x * root, scale.x, second.x), fmaf(v.y * root, scale.y, second.y));
                         const float b = geglu(fmaf(v.z * root, scale.z, second.z), fmaf(v.w * root, scale.w, second.w));
                         post(mail + to + token * (FEATURES * 2), pack_bf16(a, b));
-                        post(next + to + token * (FEATURES * 2), EMPTY);
                     }
                 }
                 block_barrier();  // the sums are read: values, or the next stage's, may take their place
@@ -198,11 +203,9 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                 post_to_owners(at, sums_memory, sums_at, phase);
                 MARK(stage == OUT ? 8 : 15);
                 if (stage == DOWN) {
+                    if (at.group == 1) empty_slice(p.mail + (turn + 2) % 4 * MAIL, at.tid % 128);  // it has nothing else to do now
                     turn = (turn + 1) % 4;
-                    mail = p.mail + turn * MAIL, next = p.mail + (turn + 2) % 4 * MAIL;
-                    // what the block has emptied so far is empty for everybody before its mail of the next layer, and
-                    // wanted a layer later; this warpgroup has nothing else to do now
-                    if (FENCED && at.group == 1) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+                    mail = p.mail + turn * MAIL;
                 }
                 if (owns && at.group == 0) {
                     const OwnPlace own(at);
@@ -214,7 +217,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                     h.z = fmaf(v.z * scale.z, second.z, h.z), h.w = fmaf(v.w * scale.w, second.w, h.w);
                     stream[at.tid] = h;
                     if (stage == OUT || !last)
-                        post_stream(at, h, third, mail, next, stage == OUT ? M_IN2 : M_IN1, stage == OUT ? M_SQUARES2 : M_SQUARES1, own_squares);
+                        post_stream(at, h, third, mail, stage == OUT ? M_IN2 : M_IN1, stage == OUT ? M_SQUARES2 : M_SQUARES1, own_squares);
                     else if (own.token < TOKENS)
                         *reinterpret_cast<float4*>(p.h + own.token * WIDTH + own.column) = h;
                 }

@@ -220,7 +220,7 @@ class ExpertLoop:
         self._mail = torch.full((4 * plan.mail_words + plan.parcel_words,), _EMPTY, dtype=torch.int32, device=device)
         self._parcels = self._mail[4 * plan.mail_words :]
         self.clocks = torch.zeros(blocks, layers, 32, dtype=torch.int64, device=device) if trace else None
-        chosen = {"BACKOFF": 20, "FENCED": 1, "AWAIT": 3} | (macros or {})
+        chosen = {"BACKOFF": 20, "FENCED": 1} | (macros or {})
         macros = chosen | {
             "TOKENS": tokens,
             "MT": plan.padded,

@@ -29,11 +29,11 @@ __device__ __forceinline__ void fetch_prefix(const Place& at, const KeyRange& ra
 }
 
 struct AttentionMemory {
-    float top[8][QUERIES], sum[8][QUERIES];  // by warp
+    float top[QUERIES][8], sum[QUERIES][8];  // by warp
 };
 
 __device__ __forceinline__ void attend(
-    const Place& at, const KeyRange& range, u8* memory, AttentionMemory& m, u8* mail, u8* next, u8* parcels, u32 phase, float scale, const Arguments& p, int layer) {
+    const Place& at, const KeyRange& range, u8* memory, AttentionMemory& m, u8* mail, u8* parcels, u32 phase, float scale, const Arguments& p, int layer) {
     const u32 base = shared_address(memory), k_to = base + A_X, v_to = base + A_SUMS, q_to = base + A_Q;
     const u32 first_row = at.tile * QUERIES, lane = at.lane;
     // a warp has 16 keys, then 32 dims, for both halves of the rows or, of sixteen warps, for one
@@ -118,7 +118,7 @@ __device__ __forceinline__ void attend(
                     best = fmaxf(best, score);
                 }
             best = quad_max(best);
-            if (t == 0) m.top[warp][(row_half + i) * 16 + half * 8 + g] = best;
+            if (t == 0) m.top[(row_half + i) * 16 + half * 8 + g][warp] = best;
         }
     block_barrier();
     u8* const p_memory = memory + A_P;
@@ -127,9 +127,8 @@ __device__ __forceinline__ void attend(
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const u32 row = (row_half + i) * 16 + half * 8 + g;
-            float best = m.top[0][row];
-#pragma unroll
-            for (int w = 1; w < 8; w++) best = fmaxf(best, m.top[w][row]);
+            const float4 a = float4_at(m.top[row]), b = float4_at(m.top[row] + 4);
+            const float best = fmaxf(fmaxf(fmaxf(a.x, a.y), fmaxf(a.z, a.w)), fmaxf(fmaxf(b.x, b.y), fmaxf(b.z, b.w)));
             const float from = best == MINUS_INFINITY ? 0.0f : best;  // no keys here at all
             float total = 0.0f;
 #pragma unroll
@@ -140,7 +139,7 @@ __device__ __forceinline__ void attend(
                     *reinterpret_cast<u32*>(p_memory + row * P_PITCH + (warp * 16 + n * 8 + t * 2) * 2) = pack_bf16(p0, p1);
             }
             total = quad_sum(total);
-            if (t == 0) m.sum[warp][row] = total;
+            if (t == 0) m.sum[row][warp] = total;
         }
     copies_done();  // the values are there
     block_barrier();
@@ -184,12 +183,11 @@ __device__ __forceinline__ void attend(
                              pack_bf16(acc[i][n][half * 2], acc[i][n][half * 2 + 1]),
                              pack_bf16(acc[i][n + 1][half * 2], acc[i][n + 1][half * 2 + 1]), phase);
     if (at.warp == 0) {  // a row a lane
-        float best = m.top[0][lane], total = m.sum[0][lane];
+        float best = m.top[lane][0], total = m.sum[lane][0];
 #pragma unroll
-        for (int w = 1; w < 8; w++) best = fmaxf(best, m.top[w][lane]), total += m.sum[w][lane];
+        for (int w = 1; w < 8; w++) best = fmaxf(best, m.top[lane][w]), total += m.sum[lane][w];
         const u32 box = M_TOPS + ((at.tile * PARTS + at.part) * QUERIES + lane) * 8;
         post2(mail + box, __float_as_uint(best), __float_as_uint(total));
-        post2(next + box, EMPTY, EMPTY);
     }
     if (at.warp >= 8) return;
     // the owner: this warp's rows are those of quarter warp / 2, its dims two tiles of eight
@@ -198,7 +196,7 @@ __device__ __forceinline__ void attend(
     const u8* const incoming = parcels + (P_SEEN + (at.tile * PARTS + at.part) * (PARTS * 2048) + warp * 256 + lane * 8);
     const u8* const tops_at = mail + (M_TOPS + (at.tile * PARTS * QUERIES + r) * 8);
     uint2 stats[PARTS], parts[PARTS];
-    if (AWAIT & 2) await_parcel(incoming - lane * 8 + lane % PARTS * 2048, phase);
+    await_parcel(incoming - lane * 8 + lane % PARTS * 2048, phase);
     MARK(18);
     for (u32 tries = 0;; tries++) {
         u32 top_word = 0, missing = 0;
@@ -227,7 +225,5 @@ __device__ __forceinline__ void attend(
         const u32 place = M_SEEN + (row * HEAD_DIM + at.part * DIMS + warp % 2 * 16 + t * 2) * 2;
         post(mail + place, pack_bf16(o[0] * inverse, o[1] * inverse));
         post(mail + place + 16, pack_bf16(o[2] * inverse, o[3] * inverse));
-        post(next + place, EMPTY);
-        post(next + place + 16, EMPTY);
     }
 }

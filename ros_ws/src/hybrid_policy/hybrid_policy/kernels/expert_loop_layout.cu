@@ -125,7 +125,7 @@ __device__ __forceinline__ void block_barrier() { asm volatile("bar.sync %0, %1;
 // The next norm's input h * factor and this tile's part of the sums of squares, from the block that owns the tokens:
 // each thread of a warpgroup has four columns of one token.
 __device__ __forceinline__ void post_stream(
-    const Place& at, const float4& h, const float4& factor, u8* mail, u8* next, u32 input, u32 squares, float (*sums)[8]) {
+    const Place& at, const float4& h, const float4& factor, u8* mail, u32 input, u32 squares, float (*sums)[8]) {
     const OwnPlace own(at);
     const u32 token = own.token, place = input + (token * WIDTH + own.column) * 2;
     if (token < TOKENS)
@@ -138,9 +138,17 @@ __device__ __forceinline__ void post_stream(
     if (at.tid < 8 && at.part * 8 + at.tid < TOKENS) {
         const u32 box = squares + ((at.part * 8 + at.tid) * TILES + at.tile) * 4;
         post(mail + box, __float_as_uint(sums[0][at.tid] + sums[1][at.tid] + sums[2][at.tid] + sums[3][at.tid]));
-        post(next + box, EMPTY);
     }
-    if (token < TOKENS) post2(next + place, EMPTY, EMPTY);
+}
+
+// This block's share of a copy of the mail, by a warpgroup: empty for everybody before the block's mail of the next layer,
+// and wanted a layer later
+__device__ __forceinline__ void empty_slice(u8* copy, u32 t) {
+    constexpr u32 SLICE = round_up(MAIL / (TILES * PARTS), 16);
+    const u32 end = min((blockIdx.x + 1) * SLICE, (u32)MAIL);
+#pragma unroll 1
+    for (u32 at = blockIdx.x * SLICE + t * 16; at < end; at += 128 * 16) post4(copy + at, make_uint4(EMPTY, EMPTY, EMPTY, EMPTY));
+    if (FENCED) asm volatile("fence.acq_rel.gpu;" ::: "memory");
 }
 
 // 1 / rms of each token's row, from the sums of squares of all tiles; a quarter of them a thread. Asked for while the
@@ -181,13 +189,11 @@ __device__ __forceinline__ void store_sums(const Place& at, const float* d, u32 
         store_shared4(to + n * 2048, make_uint4(__float_as_uint(d[4 * n]), __float_as_uint(d[4 * n + 1]), __float_as_uint(d[4 * n + 2]), __float_as_uint(d[4 * n + 3])));
 }
 
-// of a token tile, of ``sources`` warpgroups, ``apart`` warpgroups from one to the next, added in their order
-__device__ __forceinline__ float4 sum_of(u32 from, u32 tile, u32 sources, u32 apart) {
-    from += tile * 2048;
-    float4 sum = load_shared_float4(from);
-#pragma unroll
-    for (int i = 1; i < GROUPS; i++)
-        if (i < sources) add(sum, load_shared_float4(from + i * apart * (NT * 2048)));
+// of a token tile, of both warpgroups
+__device__ __forceinline__ float4 sum_of(u32 from, u32 tile) {
+    static_assert(GROUPS == 2, "two sources");
+    float4 sum = load_shared_float4(from + tile * 2048);
+    add(sum, load_shared_float4(from + (NT + tile) * 2048));
     return sum;
 }
 
@@ -197,14 +203,14 @@ __device__ __forceinline__ void post_to_owners(const Place& at, u32 sums, u8* pa
     u8* const box = parcels + (at.tile * (NT * PARTS * 2048) + at.part * 2048 + at.tid % 128 * 16);
 #pragma unroll 2
     for (u32 n = at.group; n < NT; n += GROUPS) {
-        post_parcel4(box + n * (PARTS * 2048), sum_of(own, n, GROUPS, 1), phase);
+        post_parcel4(box + n * (PARTS * 2048), sum_of(own, n), phase);
     }
 }
 
 // What post_to_owners sent to this block, added in the order of the parts; by a warpgroup
 __device__ __forceinline__ float4 sum_of_parts(const Place& at, const u8* parcels, u32 phase) {
     const u8* const box = parcels + ((at.tile * NT + at.part) * (PARTS * 2048) + at.tid % 128 * 16);
-    if (AWAIT & 1) await_parcel(box - at.lane * 16 + at.lane % PARTS * 2048, phase);
+    await_parcel(box - at.lane * 16 + at.lane % PARTS * 2048, phase);
     uint4 v[PARTS];
     for (u32 tries = 0;; tries++) {
         const u32 other = 0 - phase;  // a word of this layer has its lowest bit

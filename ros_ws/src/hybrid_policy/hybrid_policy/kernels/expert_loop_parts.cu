@@ -67,8 +67,8 @@ __device__ __forceinline__ void store_shared4(u32 address, const uint4& v) {
 }
 
 // ---- mail: a word that is not EMPTY has arrived, so no flag, no fence and no second trip is needed. Four copies
-// take turns from layer to layer. A word's writer empties it in the copy after the next, which everybody has read two layers
-// ago. Emptying comes behind posting: stores leave in order. Mail must be small: what falls out of L2 comes back from memory, at every poll.
+// take turns from layer to layer; each block empties a slice of the copy after the next, which everybody has read two layers
+// ago (`empty_slice`). Mail must be small: what falls out of L2 comes back from memory, at every poll.
 
 __device__ __forceinline__ uint4 peek4(const void* from) {
     uint4 v;
