@@ -132,7 +132,7 @@ def measure(formats, valid, layers=18, steps=10, tokens=50, **options):
         b.synchronize()
         times.append(a.elapsed_time(b) * 1e3)
     times.sort()
-    print(f'    p99/p50 {times[-1] / times[len(times) // 2]:.3f}', flush=True)
+    print(f"    p99/p50 {times[-1] / times[len(times) // 2]:.3f}", flush=True)
     return times[len(times) // 2] / (layers * steps), loop
 
 
@@ -165,34 +165,31 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--trace", action="store_true", help="also where the time of a layer goes")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--groups", nargs="+", type=int, default=[2], help="warpgroups of a block")
-    parser.add_argument("--macros", nargs="+", default=[""], help="variants, each like BACKOFF=0,FENCED=1")
+    parser.add_argument("--macros", nargs="+", default=[""], help="variants, each like A=0,B=1")
     parser.add_argument("--quick", action="store_true", help="one check and one timing a recipe")
     arguments = parser.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__)
     rows = []
     cases = {"2x48": {}, "3x200": {"valid": 968, "capacity": 1018}, "16 tokens": {"tokens": 16}}
-    for name, groups in ((name, groups) for name in arguments.recipes for groups in arguments.groups):
+    for name in arguments.recipes:
         formats = RECIPES[name]
-        row = {"recipe": name, "warpgroups": groups}
+        row = {"recipe": name}
         rows.append(row)
         try:
             for case, options in cases.items():
                 if not arguments.quick or case == "2x48":
-                    row[f"error {case}"] = check(formats, groups=groups, **options)
-                    print(f"{name}, {groups} warpgroups, {case}: error {row[f'error {case}']:.2e}", flush=True)
+                    row[f"error {case}"] = check(formats, **options)
+                    print(f"{name}, {case}: error {row[f'error {case}']:.2e}", flush=True)
             for case, valid in (("2x48", 560), ("3x200", 968)):
                 if not arguments.quick or case == "2x48":
-                    row[f"us a layer {case}"] = measure(formats, valid, groups=groups)[0]
-                    print(
-                        f"{name}, {groups} warpgroups, {case}: {row[f'us a layer {case}']:.2f} us a layer", flush=True
-                    )
+                    row[f"us a layer {case}"] = measure(formats, valid)[0]
+                    print(f"{name}, {case}: {row[f'us a layer {case}']:.2f} us a layer", flush=True)
             for variant in filter(None, arguments.macros):
                 macros = {key: int(value) for key, value in (item.split("=") for item in variant.split(","))}
-                row[f"us a layer {variant}"] = measure(formats, 560, macros=macros, groups=groups)[0]
+                row[f"us a layer {variant}"] = measure(formats, 560, macros=macros)[0]
                 print(f"{name} {variant}: {row[f'us a layer {variant}']:.2f} us a layer", flush=True)
             if arguments.trace:
-                clocks_table(measure(formats, 560, trace=True, groups=groups)[1])
+                clocks_table(measure(formats, 560, trace=True)[1])
         except Exception:
             traceback.print_exc()
             try:

@@ -86,7 +86,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
             const int format = stage == QKV ? FORMAT_QKV : stage == OUT ? FORMAT_O : stage == GATE_UP ? FORMAT_GATE_UP : FORMAT_DOWN;
             // activations: 512 columns a block, 256 for the output projection; each warpgroup brings its share
             const u32 input = stage == QKV ? M_IN1 : stage == OUT ? M_SEEN : stage == GATE_UP ? M_IN2 : M_ACT;
-            const u32 blocks = (stage == OUT ? 4 : 8) / GROUPS, width = stage == OUT ? HEADS * HEAD_DIM : stage == DOWN ? FEATURES : WIDTH;
+            const u32 blocks = stage == OUT ? 2 : 4, width = stage == OUT ? HEADS * HEAD_DIM : stage == DOWN ? FEATURES : WIDTH;
             const u32 part = in_pair ? at.part % 2 : at.part;
             const u32 mine = x + at.group * blocks * (MT * 128);
             const u8* const activations = mail + input + (part * GROUPS + at.group) * blocks * 128;
@@ -101,7 +101,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
             MARK(stage == QKV ? 1 : 4 * stage + 2);
             float d[4 * NT];
             const u32 pieces = stage == QKV ? N_QKV : stage == OUT ? N_O : stage == GATE_UP ? N_GATE_UP : N_DOWN;
-            const u32 operand = stage == GATE_UP ? x + at.group / 2 * (4 * MT * 128) : mine;  // there warpgroups share columns
+            const u32 operand = stage == GATE_UP ? x : mine;  // there warpgroups share columns
             if (HAS_FORMAT(2) && format == 2)
                 product<2>(d, words, ring, operand, pieces, at.warp, at.lane);
             else if (HAS_FORMAT(1) && (format == 1 || !HAS_FORMAT(0)))
@@ -113,11 +113,11 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
             const u32 row_tiles = stage == GATE_UP ? 8 : 4, row_tile = at.warp % row_tiles, local_row = row_tile * 16 + at.g / 2 * 4;
             const u32 tiles = low ? LOW_TILES : NT - LOW_TILES, first_tile = low ? 0 : LOW_TILES, other_tile = low ? LOW_TILES : 0;
             const u32 token_in_tile = 2 * at.t + at.odd;
-            float2 cosines[4 / GROUPS], sines[4 / GROUPS];  // of two rows; they come while the sums are stored
+            float2 cosines[2], sines[2];  // of two rows, of two token tiles; they come while the sums are stored
             const u32 row = first_row + local_row, i = row % HEAD_DIM / 2, head = row / HEAD_DIM;  // where the stage is QKV
             if (stage == QKV) {
 #pragma unroll
-                for (int j = 0; j < 4 / GROUPS; j++) {
+                for (int j = 0; j < 2; j++) {
                     const u32 token = (first_tile + at.group + j * GROUPS) * 8 + token_in_tile;
                     cosines[j] = make_float2(1.0f, 1.0f), sines[j] = make_float2(0.0f, 0.0f);
                     if (token < TOKENS && head <= HEADS) {
@@ -164,7 +164,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                 pair_parity ^= 1;
                 if (stage == QKV) {
 #pragma unroll
-                    for (int j = 0; j < 4 / GROUPS; j++) {
+                    for (int j = 0; j < 2; j++) {
                         const u32 n = at.group + j * GROUPS, token = (first_tile + n) * 8 + token_in_tile;
                         if (n >= tiles) break;
                         float4 v = sum_of(sums, first_tile + n);

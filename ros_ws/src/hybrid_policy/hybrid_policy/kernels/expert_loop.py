@@ -34,6 +34,8 @@ STAGES = {
 QKV_BLOCKS = STAGES["qkv"][0] // 64 * 2
 #: k steps in 16 bytes of each lane of a warp, and bytes of a warp for them
 SIXTEEN = {"bf16": (1, 512), "e4m3": (2, 512), "nvfp4": (4, 640)}
+#: warpgroups of a block, and their warps; times 16 bytes of each lane in a piece of the ring
+GROUPS, WARPS, SIXTEENS = 2, 8, 4
 STATIC_BYTES = 6144  # barriers and small tables beside the dynamic shared memory
 _EMPTY = -1  # a word of mail that has not been written
 
@@ -42,11 +44,9 @@ _EMPTY = -1  # a word of mail that has not been written
 class LoopPlan:
     """Sizes that follow from tokens, cache and formats.
 
-    groups: warpgroups of a block, 2 or 4. keys: rows of the cache a block attends to, at most. slots: of the ring of
+    keys: rows of the cache a block attends to, at most. slots: of the ring of
     weights, ``slot`` bytes each.
     """
-
-    groups: int
 
     tokens: int
     padded: int
@@ -58,23 +58,9 @@ class LoopPlan:
         """Bytes of dynamic shared memory; as laid out in expert_loop_layout.cu."""
         pitch = HEAD_DIM * 2 + 16
         x = -(-max(self.padded * 1024, self.keys * pitch) // 1024) * 1024
-        sums = max(self.groups * self.padded // 8 * 2048, -(-self.keys * pitch // 128) * 128)
+        sums = max(GROUPS * self.padded // 8 * 2048, -(-self.keys * pitch // 128) * 128)
         before = x + sums + 32 * pitch + 32 * (self.keys * 2 + 16)
         return -(-before // 128) * 128 + self.slots * self.slot
-
-    @property
-    def warps(self) -> int:
-        """Of a block."""
-        return 4 * self.groups
-
-    def piece(self, fmt: str) -> tuple[int, int]:
-        """K steps and bytes of one warp's share of a bulk copy."""
-        steps, size = SIXTEEN[fmt]
-        return 8 // self.groups * steps, 8 // self.groups * size
-
-    def steps(self, stage: str) -> int:
-        """K steps of a warp in a stage."""
-        return STAGES[stage][2] // self.groups
 
     @property
     def mail_words(self) -> int:
@@ -88,7 +74,7 @@ class LoopPlan:
         return TILES * PARTS * 512 * (2 * self.padded // 8 + PARTS)
 
 
-def plan_loop(tokens: int, capacity: int, formats: Mapping[str, str], limit: int, groups: int = 2) -> LoopPlan | None:
+def plan_loop(tokens: int, capacity: int, formats: Mapping[str, str], limit: int) -> LoopPlan | None:
     """The plan with the longest rings that fits ``limit`` bytes of shared memory; None where none does.
 
     tokens: of the chunk. capacity: rows of the cache, the chunk's included. formats: of the stages.
@@ -100,21 +86,24 @@ def plan_loop(tokens: int, capacity: int, formats: Mapping[str, str], limit: int
     if keys > 128:
         return None
     padded = 56 if tokens <= 56 else 64
-    slot = 32 * max(SIXTEEN[fmt][1] for fmt in formats.values())
+    slot = WARPS * SIXTEENS * max(SIXTEEN[fmt][1] for fmt in formats.values())
     for slots in range(6, 2, -1):
-        plan = LoopPlan(groups, tokens, padded, keys, slots, slot)
-        if any(plan.steps(stage) % plan.piece(fmt)[0] for stage, fmt in formats.items()):
-            return None
+        plan = LoopPlan(tokens, padded, keys, slots, slot)
         if plan.shared() + STATIC_BYTES <= limit:
             return plan
     return None
 
 
-def pieces(fmt: str, values: Tensor, scales: Tensor | None, sixteens: int) -> Tensor:
+def steps_of(stage: str) -> int:
+    """K steps of a warp in a stage."""
+    return STAGES[stage][2] // GROUPS
+
+
+def pieces(fmt: str, values: Tensor, scales: Tensor | None) -> Tensor:
     """Rows of W cut into a warp's shares of bulk copies: uint8 [N / 16, K / 16 / steps, bytes].
 
     Lane ``4g + t`` holds wgmma's A fragment of 16 rows and 16 k: element (k8, r8, e) is row ``2g + r8``, k
-    ``2t + 8 k8 + e``. A share is ``sixteens`` times 512 bytes, of each lane 16. bf16: one k step, (k8, r8, e). E4M3:
+    ``2t + 8 k8 + e``. A share is `SIXTEENS` times 512 bytes, of each lane 16. bf16: one k step, (k8, r8, e). E4M3:
     two k steps, four words (step, k8) of `e4m3_words`. NVFP4: four k steps, a word of `packing.pack_words` each; then
     as often 128 bytes of scales: for each g four words, one a k step, of bf16(scale · 2^119) of rows 2g (low) and
     2g + 1.
@@ -123,7 +112,7 @@ def pieces(fmt: str, values: Tensor, scales: Tensor | None, sixteens: int) -> Te
     raw = values if fmt != "e4m3" else values.view(torch.uint8)
     # T g r8 S k8 t e -> T S g t k8 r8 e
     f = raw.reshape(n // 16, 8, 2, k // 16, 2, 4, 2).permute(0, 3, 1, 5, 4, 2, 6)
-    size = sixteens * SIXTEEN[fmt][1]
+    size = SIXTEENS * SIXTEEN[fmt][1]
     if fmt == "bf16":
         return f.contiguous().view(torch.uint8).reshape(n // 16, -1, size)
     if fmt == "e4m3":
@@ -132,10 +121,10 @@ def pieces(fmt: str, values: Tensor, scales: Tensor | None, sixteens: int) -> Te
     assert scales is not None
     words = packing.pack_words(f.flatten(-3))[..., 0]  # T S g t
     words = words.unflatten(1, (-1, 4)).permute(0, 1, 3, 4, 2)  # T I g t step
-    codes = words.contiguous().view(torch.uint8).reshape(n // 16, -1, sixteens * 512)
+    codes = words.contiguous().view(torch.uint8).reshape(n // 16, -1, SIXTEENS * 512)
     wide = expert_packing.wide_scales(scales).reshape(n // 16, 8, 2, -1, 4)  # T g r8 I step
     wide = wide.permute(0, 3, 1, 4, 2)  # T I g step r8
-    return torch.cat((codes, wide.contiguous().view(torch.uint8).reshape(n // 16, -1, sixteens * 128)), -1)
+    return torch.cat((codes, wide.contiguous().view(torch.uint8).reshape(n // 16, -1, SIXTEENS * 128)), -1)
 
 
 def e4m3_words(codes: Tensor) -> Tensor:
@@ -148,16 +137,16 @@ def e4m3_words(codes: Tensor) -> Tensor:
     return torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32)
 
 
-def _shares(stage: str, groups: int) -> tuple[Tensor, Tensor]:
+def _shares(stage: str) -> tuple[Tensor, Tensor]:
     """Which 16 rows, and from which k step on, each block's each warp has: two int64 [128, warps]."""
-    block, warp = torch.arange(TILES * PARTS)[:, None], torch.arange(4 * groups)[None]
+    block, warp = torch.arange(TILES * PARTS)[:, None], torch.arange(WARPS)[None]
     tile, part = block // PARTS, block % PARTS
     pair, group, row_tile, steps = block // 2, warp // 4, warp % 4, STAGES[stage][2]
     if stage == "qkv":
-        return pair * 4 + row_tile, part % 2 * steps + group * (steps // groups)
+        return pair * 4 + row_tile, part % 2 * steps + group * (steps // GROUPS)
     if stage == "gate_up":
-        return pair * 8 + warp % 8, part % 2 * (steps // 2) + group // 2 * (steps // groups)
-    return (tile * 4 + row_tile).expand(len(block), -1), part * steps + group * (steps // groups)
+        return pair * 8 + warp, (part % 2 * (steps // GROUPS)).expand(-1, WARPS)
+    return (tile * 4 + row_tile).expand(len(block), -1), part * steps + group * (steps // GROUPS)
 
 
 class _Arguments(ctypes.Structure):
@@ -178,7 +167,7 @@ class ExpertLoop:
         tokens: of a chunk. capacity: rows of the cache.
         formats: ``qkv``, ``o``, ``gate_up``, ``down`` -> bf16, e4m3 or nvfp4 (activations are bf16 in each).
         trace: record clocks of every block and stage in `clocks`.
-        groups: warpgroups of a block, 2 or 4. macros: BACKOFF, FENCED, for experiments.
+        macros: for experiments.
     """
 
     def __init__(
@@ -192,15 +181,13 @@ class ExpertLoop:
         *,
         pdl: bool = True,
         trace: bool = False,
-        groups: int = 2,
         macros: dict[str, int] | None = None,
     ) -> None:
-        plan = plan_loop(tokens, capacity, formats, expert.shared_limit(device), groups)
+        plan = plan_loop(tokens, capacity, formats, expert.shared_limit(device))
         if plan is None:
             raise InputError(f"expert loop: {tokens} tokens, {capacity} rows of cache: no plan fits this device")
         self.plan, self._layers, self._capacity, self._formats = plan, layers, capacity, dict(formats)
-        sizes = {name: plan.steps(name) // SIXTEEN[fmt][0] * SIXTEEN[fmt][1] for name, fmt in formats.items()}
-        warps = plan.warps
+        sizes = {name: steps_of(name) // SIXTEEN[fmt][0] * SIXTEEN[fmt][1] for name, fmt in formats.items()}
         self._offsets = {}
         at = 0
         for name in STAGES:
@@ -208,30 +195,23 @@ class ExpertLoop:
             at += sizes[name]
         self._long, self._sizes = at, sizes
         blocks, tail = TILES * PARTS, at - sizes["qkv"]
-        head = QKV_BLOCKS * layers * warps * self._long
+        head = QKV_BLOCKS * layers * WARPS * self._long
         self.weights = torch.empty(
-            head + (blocks - QKV_BLOCKS) * layers * warps * tail, dtype=torch.uint8, device=device
+            head + (blocks - QKV_BLOCKS) * layers * WARPS * tail, dtype=torch.uint8, device=device
         )
-        self._with_qkv = self.weights[:head].view(QKV_BLOCKS, layers, warps * self._long)
-        self._without = self.weights[head:].view(blocks - QKV_BLOCKS, layers, warps * tail)
+        self._with_qkv = self.weights[:head].view(QKV_BLOCKS, layers, WARPS * self._long)
+        self._without = self.weights[head:].view(blocks - QKV_BLOCKS, layers, WARPS * tail)
         rows = sum(shape[0] for shape in STAGES.values())
         self.row_scale = torch.empty(layers, rows, device=device)
         self.vectors = torch.empty(steps, layers, rows + 2 * WIDTH, device=device)
         self._mail = torch.full((4 * plan.mail_words + plan.parcel_words,), _EMPTY, dtype=torch.int32, device=device)
         self._parcels = self._mail[4 * plan.mail_words :]
         self.clocks = torch.zeros(blocks, layers, 32, dtype=torch.int64, device=device) if trace else None
-        chosen = {"BACKOFF": 20, "FENCED": 1} | (macros or {})
-        macros = chosen | {
-            "TOKENS": tokens,
-            "MT": plan.padded,
-            "KEYS": plan.keys,
-            "SLOTS": plan.slots,
-            "GROUPS": groups,
-        }
+        macros = (macros or {}) | {"TOKENS": tokens, "MT": plan.padded, "KEYS": plan.keys, "SLOTS": plan.slots}
         macros |= {f"FORMAT_{name.upper()}": expert.FORMATS[fmt] for name, fmt in formats.items()}
         self._kernel = Kernel(
             SOURCES, "expert_loop", macros | {"PDL": int(pdl), "TRACE": int(trace)},
-            threads=warps * 32 + 32,
+            threads=WARPS * 32 + 32,
              shared=plan.shared(), pdl=pdl, specific=True,
         )  # fmt: skip
         room, pairs = self._kernel.active_clusters((blocks, 1), 2), blocks // 2
@@ -262,20 +242,18 @@ class ExpertLoop:
             fmt,
             expert.rows_of(values, order),
             None if scales is None else expert.rows_of(scales, order),
-            8 // self.plan.groups,
         )
-        plan = self.plan
-        steps = plan.piece(fmt)[0]
-        tiles, first = (share.to(values.device) for share in _shares(stage, plan.groups))
-        count = plan.steps(stage) // steps
+        steps = SIXTEENS * SIXTEEN[fmt][0]
+        tiles, first = (share.to(values.device) for share in _shares(stage))
+        count = steps_of(stage) // steps
         index = (first // steps)[..., None] + torch.arange(count, device=values.device)
         active = QKV_BLOCKS if stage == "qkv" else len(tiles)
         taken = cut[tiles[:active, :, None], index[:active]]  # [blocks, warps, pieces, bytes]
         taken = taken.transpose(1, 2).flatten(1)
-        begin, length = plan.warps * self._offsets[stage], taken.shape[1]
+        begin, length = WARPS * self._offsets[stage], taken.shape[1]
         self._with_qkv[:, layer, begin : begin + length] = taken[:QKV_BLOCKS]
         if stage != "qkv":
-            begin -= plan.warps * self._sizes["qkv"]
+            begin -= WARPS * self._sizes["qkv"]
             self._without[:, layer, begin : begin + length] = taken[QKV_BLOCKS:]
 
     def modulate(self, layer: int, factors: tuple[Tensor, Tensor], gates: tuple[Tensor, Tensor]) -> None:
@@ -326,9 +304,7 @@ class ExpertLoop:
 
     def nbytes(self) -> int:
         """Bytes of weights, vectors and mail."""
-        return (
-            self.weights.nbytes + self.row_scale.nbytes + self.vectors.nbytes + self._mail.nbytes
-        )
+        return self.weights.nbytes + self.row_scale.nbytes + self.vectors.nbytes + self._mail.nbytes
 
 
 def fits_device(

@@ -36,44 +36,37 @@ __device__ __forceinline__ void attend(
     const Place& at, const KeyRange& range, u8* memory, AttentionMemory& m, u8* mail, u8* parcels, u32 phase, float scale, const Arguments& p, int layer) {
     const u32 base = shared_address(memory), k_to = base + A_X, v_to = base + A_SUMS, q_to = base + A_Q;
     const u32 first_row = at.tile * QUERIES, lane = at.lane;
-    // a warp has 16 keys, then 32 dims, for both halves of the rows or, of sixteen warps, for one
-    constexpr int HALVES = 4 / GROUPS;
-    const u32 warp = at.warp % 8, row_half = at.warp / 8 * HALVES;
+    const u32 warp = at.warp;  // has 16 keys, then 32 dims, for both halves of the rows
+    constexpr int HALVES = 2;
     {  // rows of the queries, and of the chunk's own keys and values: a lane has a piece of each
-        constexpr int TURNS = QUERIES / WARPS, OWN = 16 / WARPS;
-        static_assert(HEAD_DIM == 256 && (TOKENS + PARTS - 1) / PARTS <= 8 && M_V - M_K == MT * HEAD_DIM * 2, "a row a turn");
-        const u32 own_row = at.warp % 8, of_values = at.warp / 8;
-        const u8* const own_from = mail + M_K + of_values * (M_V - M_K) + (range.token + own_row) * (HEAD_DIM * 2) + lane * 16;
+        constexpr int TURNS = QUERIES / WARPS;
+        static_assert(WARPS == 8 && HEAD_DIM == 256 && (TOKENS + PARTS - 1) / PARTS <= 8, "a row a turn");
+        const u8* const key_from = mail + M_K + (range.token + warp) * (HEAD_DIM * 2) + lane * 16;
         const u8* from[TURNS];
 #pragma unroll
         for (int j = 0; j < TURNS; j++)
-            from[j] = mail + M_Q + min(first_row + at.warp + j * WARPS, (u32)TOKENS * HEADS - 1) * (HEAD_DIM * 2) + lane * 16;
-        const bool own = own_row < range.tokens;
+            from[j] = mail + M_Q + min(first_row + warp + j * WARPS, (u32)TOKENS * HEADS - 1) * (HEAD_DIM * 2) + lane * 16;
+        const bool own = warp < range.tokens;
         // each block that projects has 32 dims, and the 32 half a head away: a word of each
-        await_word(lane % 8 < 4 && own ? own_from + (int)(lane % 4 * 64 - lane * 16) : from[0] + (int)(lane % 4 * 64 - lane * 16));
-        uint4 v[TURNS + OWN];
+        await_word(lane % 8 < 4 && own ? key_from + (int)(lane % 4 * 64 - lane * 16) : from[0] + (int)(lane % 4 * 64 - lane * 16));
+        uint4 v[TURNS], key, value;
         for (u32 tries = 0;; tries++) {
             u32 top = 0;
 #pragma unroll
             for (int j = 0; j < TURNS; j++) v[j] = peek4(from[j]);
-            if (own)
-#pragma unroll
-                for (int j = 0; j < OWN; j++) v[TURNS + j] = peek4(own_from + j * (M_V - M_K));
+            if (own) key = peek4(key_from), value = peek4(key_from + (M_V - M_K));
 #pragma unroll
             for (int j = 0; j < TURNS; j++) top = max(top, top_of(v[j]));
-            if (own)
-#pragma unroll
-                for (int j = 0; j < OWN; j++) top = max(top, top_of(v[TURNS + j]));
+            if (own) top = max(top, max(top_of(key), top_of(value)));
             if (top != EMPTY) break;
-            if (BACKOFF) __nanosleep(BACKOFF);
-            if (tries > PATIENCE) __trap();
+                if (tries > PATIENCE) __trap();
         }
 #pragma unroll
-        for (int j = 0; j < TURNS; j++) store_shared4(q_to + (at.warp + j * WARPS) * PITCH + lane * 16, v[j]);
+        for (int j = 0; j < TURNS; j++) store_shared4(q_to + (warp + j * WARPS) * PITCH + lane * 16, v[j]);
         if (own) {
-            const u32 place = (range.prefix + own_row) * PITCH + lane * 16;
-            store_shared4((of_values ? v_to : k_to) + place, v[TURNS]);
-            if (OWN == 2) store_shared4(v_to + place, v[TURNS + OWN - 1]);
+            const u32 place = (range.prefix + warp) * PITCH + lane * 16;
+            store_shared4(k_to + place, key);
+            store_shared4(v_to + place, value);
         }
     }
     asm volatile("cp.async.wait_group 1;" ::: "memory");  // the keys are there
@@ -89,7 +82,7 @@ __device__ __forceinline__ void attend(
 #pragma unroll
             for (int j = 0; j < 4; j++) s[i][n][j] = 0.0f;
     if (warp * 16 < count) {  // scores: this warp's 16 keys against all rows
-        const u32 q_base = q_to + (row_half * 16 + lane % 16) * PITCH + (lane / 16) * 16;
+        const u32 q_base = q_to + (lane % 16) * PITCH + (lane / 16) * 16;
         const u32 k_base = k_to + (warp * 16 + (lane / 16) * 8 + lane % 8) * PITCH + ((lane / 8) % 2) * 16;
 #pragma unroll 4
         for (int k = 0; k < HEAD_DIM / 16; k++) {
@@ -118,7 +111,7 @@ __device__ __forceinline__ void attend(
                     best = fmaxf(best, score);
                 }
             best = quad_max(best);
-            if (t == 0) m.top[(row_half + i) * 16 + half * 8 + g][warp] = best;
+            if (t == 0) m.top[i * 16 + half * 8 + g][warp] = best;
         }
     block_barrier();
     u8* const p_memory = memory + A_P;
@@ -126,7 +119,7 @@ __device__ __forceinline__ void attend(
     for (int i = 0; i < HALVES; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const u32 row = (row_half + i) * 16 + half * 8 + g;
+            const u32 row = i * 16 + half * 8 + g;
             const float4 a = float4_at(m.top[row]), b = float4_at(m.top[row] + 4);
             const float best = fmaxf(fmaxf(fmaxf(a.x, a.y), fmaxf(a.z, a.w)), fmaxf(fmaxf(b.x, b.y), fmaxf(b.z, b.w)));
             const float from = best == MINUS_INFINITY ? 0.0f : best;  // no keys here at all
@@ -152,7 +145,7 @@ __device__ __forceinline__ void attend(
         for (int n = 0; n < DIMS / 8; n++)
 #pragma unroll
             for (int j = 0; j < 4; j++) acc[i][n][j] = 0.0f;
-    const u32 p_base = base + A_P + (row_half * 16 + lane % 16) * P_PITCH + (lane / 16) * 16;
+    const u32 p_base = base + A_P + (lane % 16) * P_PITCH + (lane / 16) * 16;
     const u32 v_base = v_to + (lane % 16) * PITCH + (warp * DIMS + (lane / 16) * 8) * 2;
 #pragma unroll 2
     for (u32 k = 0; k < (count + 15) / 16; k++) {
@@ -178,18 +171,17 @@ __device__ __forceinline__ void attend(
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
-            for (int n = 0; n < DIMS / 8; n += 2)
-                post_parcel2(outgoing + (((row_half + i) * 2 + half) * 2 + n / 2) * 256,
-                             pack_bf16(acc[i][n][half * 2], acc[i][n][half * 2 + 1]),
-                             pack_bf16(acc[i][n + 1][half * 2], acc[i][n + 1][half * 2 + 1]), phase);
-    if (at.warp == 0) {  // a row a lane
+            for (int n = 0; n < DIMS / 8; n += 2) {
+                const float v[4] = {acc[i][n][half * 2], acc[i][n][half * 2 + 1], acc[i][n + 1][half * 2], acc[i][n + 1][half * 2 + 1]};
+                post_bf16_parcel(outgoing + ((i * 2 + half) * 2 + n / 2) * 256, v, phase);
+            }
+    if (warp == 0) {  // a row a lane
         float best = m.top[lane][0], total = m.sum[lane][0];
 #pragma unroll
         for (int w = 1; w < 8; w++) best = fmaxf(best, m.top[lane][w]), total += m.sum[lane][w];
         const u32 box = M_TOPS + ((at.tile * PARTS + at.part) * QUERIES + lane) * 8;
         post2(mail + box, __float_as_uint(best), __float_as_uint(total));
     }
-    if (at.warp >= 8) return;
     // the owner: this warp's rows are those of quarter warp / 2, its dims two tiles of eight
     static_assert(DIMS == 32, "a warp's quarter");
     const u32 quarter = warp / 2, r = quarter / 2 * 16 + quarter % 2 * 8 + g, row = first_row + r;
@@ -205,7 +197,6 @@ __device__ __forceinline__ void attend(
 #pragma unroll
         for (int c = 0; c < PARTS; c++) top_word = max(top_word, top_of(stats[c])), missing |= parts[c].x ^ phase;
         if (top_word != EMPTY && !(missing & 1)) break;
-        if (BACKOFF) __nanosleep(BACKOFF);
         if (tries > PATIENCE) __trap();
     }
     MARK(19);

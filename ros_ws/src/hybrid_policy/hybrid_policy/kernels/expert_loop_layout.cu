@@ -6,15 +6,14 @@
 // Rows of W and parts of K:    rows               K
 //   QKV (norm, RoPE)           64 a pair          halves by block of the pair, then by warpgroup
 //   output (+ residual)        64 a tile          eighths by part, then by warpgroup
-//   gate/up (norm, GeGLU)      128 a pair         halves by block; even warpgroups have the first 64 rows, odd ones the
-//                                                 others; of four, the first two have half of K, the last two the rest
+//   gate/up (norm, GeGLU)      128 a pair         halves by block; a warpgroup has 64 rows
 //   down (+ residual)          64 a tile          eighths by part, then by warpgroup
 // Attention: 32 rows (token, head) a tile, keys by part. Partial sums meet in the block that owns their tokens: within
 // a pair (a cluster of two) through distributed shared memory, else as parcels. Clusters of eight would spare those, but
 // an H100 holds 15 of them, not 16: its processors are not spread evenly.
 //
-// Macros: GROUPS (warpgroups, 2 or 4); TOKENS; MT (56 or 64); KEYS (of a block, at most; a multiple of 16); FORMAT_QKV,
-// FORMAT_O, FORMAT_GATE_UP, FORMAT_DOWN; SLOTS of the ring; PDL; TRACE; BACKOFF (nanoseconds between polls); FENCED.
+// Macros: TOKENS; MT (56 or 64); KEYS (of a block, at most; a multiple of 16); FORMAT_QKV,
+// FORMAT_O, FORMAT_GATE_UP, FORMAT_DOWN; SLOTS of the ring; PDL; TRACE.
 
 enum Stage { QKV, OUT, GATE_UP, DOWN };
 constexpr int TILES = 16, PARTS = 8;
@@ -34,8 +33,8 @@ constexpr int M_IN1 = 0, M_Q = M_IN1 + MT * WIDTH * 2, M_K = M_Q + MT * HEADS * 
 constexpr int M_SEEN = M_V + MT * HEAD_DIM * 2, M_IN2 = M_SEEN + MT * HEADS * HEAD_DIM * 2, M_ACT = M_IN2 + MT * WIDTH * 2;
 constexpr int M_SQUARES1 = M_ACT + MT * FEATURES * 2, M_SQUARES2 = M_SQUARES1 + TILES * MT * 4;
 constexpr int M_TOPS = M_SQUARES2 + TILES * MT * 4, MAIL = M_TOPS + TILES * PARTS * QUERIES * 8;
-// bytes of the parcels: partial sums of output and down [tile, owner, part, 4 x 16 rows, lane] float4, of
-// attention [tile, owner, part, row of 8, half, lane] 2 x bf16x2
+// bytes of the parcels: partial sums of output and down [tile, owner, part, row tile of four, lane] four floats, of
+// attention [tile, owner, part, row of 8, half, lane] four bf16
 constexpr int P_OUT = 0, P_DOWN = P_OUT + TILES * NT * PARTS * 2048, P_SEEN = P_DOWN + TILES * NT * PARTS * 2048;
 // [tile, owner, part] of attention: TILES * PARTS * PARTS * 2048 more
 
@@ -51,9 +50,9 @@ constexpr int A_RINGS = round_up(A_P + QUERIES * P_PITCH, 128), SHARED = A_RINGS
 static_assert(KEYS % 16 == 0 && KEYS <= 128 && SHARED <= 232448 - 6144, "shared memory");
 static_assert(LOW_TILES * 8 * 512 <= QUERIES * PITCH, "partial sums of the pair's other block");
 
-// pieces of a stage; the k steps of a warp are 32, 16, 64 and 32 over GROUPS
-constexpr int N_QKV = 32 / GROUPS / Piece<FORMAT_QKV>::STEPS, N_O = 16 / GROUPS / Piece<FORMAT_O>::STEPS;
-constexpr int N_GATE_UP = 64 / GROUPS / Piece<FORMAT_GATE_UP>::STEPS, N_DOWN = 32 / GROUPS / Piece<FORMAT_DOWN>::STEPS;
+// pieces of a stage; the k steps of a warp are 16, 8, 32 and 16
+constexpr int N_QKV = 16 / Piece<FORMAT_QKV>::STEPS, N_O = 8 / Piece<FORMAT_O>::STEPS;
+constexpr int N_GATE_UP = 32 / Piece<FORMAT_GATE_UP>::STEPS, N_DOWN = 16 / Piece<FORMAT_DOWN>::STEPS;
 static_assert(N_QKV && N_O && N_GATE_UP && N_DOWN, "whole pieces");
 
 struct Arguments {
@@ -148,7 +147,7 @@ __device__ __forceinline__ void empty_slice(u8* copy, u32 t) {
     const u32 end = min((blockIdx.x + 1) * SLICE, (u32)MAIL);
 #pragma unroll 1
     for (u32 at = blockIdx.x * SLICE + t * 16; at < end; at += 128 * 16) post4(copy + at, make_uint4(EMPTY, EMPTY, EMPTY, EMPTY));
-    if (FENCED) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
 }
 
 // 1 / rms of each token's row, from the sums of squares of all tiles; a quarter of them a thread. Asked for while the
@@ -191,20 +190,17 @@ __device__ __forceinline__ void store_sums(const Place& at, const float* d, u32 
 
 // of a token tile, of both warpgroups
 __device__ __forceinline__ float4 sum_of(u32 from, u32 tile) {
-    static_assert(GROUPS == 2, "two sources");
     float4 sum = load_shared_float4(from + tile * 2048);
     add(sum, load_shared_float4(from + (NT + tile) * 2048));
     return sum;
 }
 
-// Token tile n of a product cut into parts goes to part n, whose block owns it: [part of K, row tile of four, lane] 16 bytes
+// Token tile n of a product cut into parts goes to part n, whose block owns it
 __device__ __forceinline__ void post_to_owners(const Place& at, u32 sums, u8* parcels, u32 phase) {
     const u32 own = sums + at.tid % 128 * 16;
     u8* const box = parcels + (at.tile * (NT * PARTS * 2048) + at.part * 2048 + at.tid % 128 * 16);
 #pragma unroll 2
-    for (u32 n = at.group; n < NT; n += GROUPS) {
-        post_parcel4(box + n * (PARTS * 2048), sum_of(own, n), phase);
-    }
+    for (u32 n = at.group; n < NT; n += GROUPS) post_parcel(box + n * (PARTS * 2048), sum_of(own, n), phase);
 }
 
 // What post_to_owners sent to this block, added in the order of the parts; by a warpgroup
@@ -213,14 +209,12 @@ __device__ __forceinline__ float4 sum_of_parts(const Place& at, const u8* parcel
     await_parcel(box - at.lane * 16 + at.lane % PARTS * 2048, phase);
     uint4 v[PARTS];
     for (u32 tries = 0;; tries++) {
-        const u32 other = 0 - phase;  // a word of this layer has its lowest bit
         u32 missing = 0;
 #pragma unroll
         for (int i = 0; i < PARTS; i++) v[i] = peek4(box + i * 2048);
 #pragma unroll
-        for (int i = 0; i < PARTS; i++) missing |= (v[i].x ^ other) | (v[i].y ^ other) | (v[i].z ^ other) | (v[i].w ^ other);
+        for (int i = 0; i < PARTS; i++) missing |= (v[i].x ^ phase) | (v[i].y ^ phase) | (v[i].z ^ phase) | (v[i].w ^ phase);
         if (!(missing & 1)) break;
-        if (BACKOFF) __nanosleep(BACKOFF);
         if (tries > PATIENCE) __trap();
     }
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);

@@ -5,7 +5,7 @@
 #define HAS_FORMAT(f) (FORMAT_QKV == f || FORMAT_O == f || FORMAT_GATE_UP == f || FORMAT_DOWN == f)
 
 constexpr int NT = MT / 8;             // token tiles of a product
-constexpr int WARPS = 4 * GROUPS, WORKERS = 32 * WARPS;
+constexpr int GROUPS = 2, WARPS = 4 * GROUPS, WORKERS = 32 * WARPS;  // warpgroups of a block
 constexpr u32 EMPTY = 0xffffffffu;     // a word of mail that nobody has written: no product, no NaN of the hardware's has it
 constexpr u32 PATIENCE = 1u << 23;     // polls before a wait is called a hang (seconds)
 
@@ -23,13 +23,14 @@ __device__ __forceinline__ void wait_bytes(u32 barrier, u32 parity) {
 // A warp of its own, behind the workers, asks for them (`stream_weights` in expert_loop_layout.cu): asking takes some 300
 // clocks, which a worker's products would wait for.
 
+constexpr int SIXTEENS = 4;  // times 16 bytes of each lane in a piece
+
 template <int FORMAT> struct Piece {  // a warp's share of one bulk copy
-    static constexpr int SIXTEENS = 8 / GROUPS;  // of each lane, bytes
-    static constexpr int PER16 = FORMAT == 0 ? 1 : FORMAT == 1 ? 2 : 4;  // k steps of 16 in them
+    static constexpr int PER16 = FORMAT == 0 ? 1 : FORMAT == 1 ? 2 : 4;  // k steps of 16 in 16 bytes of each lane
     static constexpr int STEPS = SIXTEENS * PER16;
     static constexpr int BYTES = SIXTEENS * (FORMAT == 2 ? 640 : 512);  // NVFP4: 512 of codes, then 128 of scales, each
 };
-constexpr int SLOT = 32 * (HAS_FORMAT(2) ? 640 : 512);
+constexpr int SLOT = WARPS * SIXTEENS * (HAS_FORMAT(2) ? 640 : 512);
 
 struct Ring {
     u32 data, barriers;  // slots; of each a barrier that it is full, and behind those one that it is empty
@@ -89,10 +90,8 @@ __device__ __forceinline__ u32 top_of(const uint2& v) { return max(v.x, v.y); }
 // a lane's word, of a source of what its warp wants: until all of them are there nobody reads much (polls compete with
 // the posts they wait for)
 __device__ __forceinline__ void await_word(const void* from) {
-    for (u32 tries = 0; peek(from) == EMPTY; tries++) {
-        if (BACKOFF) __nanosleep(BACKOFF);
+    for (u32 tries = 0; peek(from) == EMPTY; tries++)
         if (tries > PATIENCE) __trap();
-    }
     __syncwarp();
 }
 
@@ -108,26 +107,25 @@ __device__ __forceinline__ void post4(void* to, const uint4& v) {
         asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-// ---- parcels: what one block reads, there once. Each word's lowest bit (of the four bf16 of a pair, one's) is the parity of
-// the layer, so that nobody empties them: a layer's worth of stores, at 20 bytes a clock, is half a microsecond.
+// ---- parcels: what one block reads, there once. Each float's lowest bit (of four bf16, stored in one piece, the first one's)
+// is the parity of the layer, so that nobody empties them: a layer's worth of stores, at 20 bytes a clock, would be half a
+// microsecond.
 
-__device__ __forceinline__ void post_parcel4(void* to, const float4& v, u32 phase) {
+__device__ __forceinline__ void post_parcel(void* to, const float4& v, u32 phase) {
     const auto tagged = [&](float x) { return (__float_as_uint(x) & ~1u) | phase; };
     post4(to, make_uint4(tagged(v.x), tagged(v.y), tagged(v.z), tagged(v.w)));
 }
 
-// a lane's word; see await_word
-__device__ __forceinline__ void await_parcel(const void* from, u32 phase) {
-    for (u32 tries = 0; (peek(from) ^ phase) & 1; tries++) {
-        if (BACKOFF) __nanosleep(BACKOFF);
-        if (tries > PATIENCE) __trap();
-    }
-    __syncwarp();
+__device__ __forceinline__ void post_bf16_parcel(void* to, const float (&v)[4], u32 phase) {
+    const u32 low = (pack_bf16(v[0], v[1]) & ~1u) | phase, high = pack_bf16(v[2], v[3]);
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"((u64)high << 32 | low) : "memory");
 }
 
-// in one piece
-__device__ __forceinline__ void post_parcel2(void* to, u32 a, u32 b, u32 phase) {
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"((u64)b << 32 | (a & ~1u) | phase) : "memory");
+// a lane's word; see await_word
+__device__ __forceinline__ void await_parcel(const void* from, u32 phase) {
+    for (u32 tries = 0; (peek(from) ^ phase) & 1; tries++)
+        if (tries > PATIENCE) __trap();
+    __syncwarp();
 }
 
 __device__ __forceinline__ uint2 peek2(const void* from) {
@@ -136,7 +134,7 @@ __device__ __forceinline__ uint2 peek2(const void* from) {
     return make_uint2((u32)v, (u32)(v >> 32));
 }
 
-// ---- activations: ``blocks`` blocks of 64 columns of each token, from mail to shared memory as wgmma's B operand (K-major,
+// ---- activations: ``blocks`` (2 or 4) blocks of 64 columns of each token, from mail to shared memory as wgmma's B operand (K-major,
 // 128-byte swizzle): [block][token, 128 bytes, its eight 16-byte pieces XOR token % 8]. By a warpgroup, t is one's place
 // in it; stride: bytes from token to token. Rows behind TOKENS are the last one's: what becomes of them stays in their
 // own columns, and nobody looks.
@@ -149,31 +147,32 @@ __device__ __forceinline__ void await_tokens(const u8* from, u32 t, u32 group, u
 }
 
 __device__ __forceinline__ void take_tokens(u32 to, const u8* from, u32 t, u32 blocks, u32 stride) {
-    constexpr int TURNS = (MT + 15) / 16, MOST = 8 / GROUPS, FEW = MOST / 2;  // sixteen tokens a turn; blocks
-    const bool all = blocks > FEW;
+    constexpr int TURNS = (MT + 15) / 16;  // of sixteen tokens
     const u32 piece = t % 8, first = t / 8;
     from += first * stride + piece * 16;
-    const u32 last = (min(first + (TURNS - 1) * 16, (u32)TOKENS - 1) - first) * stride;
+    u32 offsets[TURNS];
+#pragma unroll
+    for (int j = 0; j < TURNS; j++) offsets[j] = (j * 16 + 16 <= TOKENS ? j * 16 : min(first + j * 16, (u32)TOKENS - 1) - first) * stride;
     to += first * 128 + ((piece ^ first % 8) * 16);
-    uint4 v[MOST][TURNS];
+    uint4 v[4][TURNS];
     for (u32 tries = 0;; tries++) {
         u32 top = 0;
 #pragma unroll
-        for (int b = 0; b < MOST; b++)
-            if (b < FEW || all)
+        for (int b = 0; b < 4; b++)
+            if (b < 2 || blocks == 4)
 #pragma unroll
-                for (int j = 0; j < TURNS; j++) v[b][j] = peek4(from + (b * 128 + (j + 1 < TURNS ? j * 16 * stride : last)));
+                for (int j = 0; j < TURNS; j++) v[b][j] = peek4(from + (b * 128 + offsets[j]));
 #pragma unroll
-        for (int b = 0; b < MOST; b++)
-            if (b < FEW || all)
+        for (int b = 0; b < 4; b++)
+            if (b < 2 || blocks == 4)
 #pragma unroll
                 for (int j = 0; j < TURNS; j++) top = max(top, top_of(v[b][j]));
         if (top != EMPTY) break;
         if (tries > PATIENCE) __trap();
     }
 #pragma unroll
-    for (int b = 0; b < MOST; b++)
-        if (b < FEW || all)
+    for (int b = 0; b < 4; b++)
+        if (b < 2 || blocks == 4)
 #pragma unroll
             for (int j = 0; j < TURNS; j++)
                 if (j * 16 + 16 <= MT || first + j * 16 < MT) store_shared4(to + (b * MT + j * 16) * 128, v[b][j]);
@@ -228,9 +227,8 @@ __device__ __forceinline__ void operand_of(u32 (&a)[4], const uint4& w, int step
 
 // A lane's words of a piece: codes, and scales where there are some
 struct Words {
-    uint4 codes[8 / GROUPS], scales[8 / GROUPS];
+    uint4 codes[SIXTEENS], scales[SIXTEENS];
     __device__ __forceinline__ void read(Ring& ring, u32 warp, u32 lane, bool scaled) {
-        constexpr int SIXTEENS = 8 / GROUPS;
         wait_bytes(ring.full(), ring.parity);
         const u32 from = ring.data + ring.slot * SLOT + warp * (SIXTEENS * (scaled ? 640 : 512));
 #pragma unroll
@@ -248,9 +246,9 @@ struct Words {
 // there.
 template <int FORMAT>
 __device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& ring, u32 x, u32 pieces, u32 warp, u32 lane) {
-    constexpr int STEPS = Piece<FORMAT>::STEPS, BATCH = Piece<FORMAT>::PER16, SIXTEENS = Piece<FORMAT>::SIXTEENS;
+    constexpr int BATCH = Piece<FORMAT>::PER16, APART = Piece<FORMAT>::STEPS / 4 * (MT * 8);  // blocks of four k steps
     // K-major, 128-byte swizzle, 1024 bytes from eight tokens to the next eight
-    constexpr u32 HIGH = 64 | 1u << 30, APART = STEPS >= 4 ? STEPS / 4 * (MT * 8) : 4;
+    constexpr u32 HIGH = 64 | 1u << 30;
     u32 here = x >> 4 | 1 << 16;
 #pragma unroll
     for (int i = 0; i < 4 * NT; i++) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i]));  // here, not long before
@@ -274,8 +272,7 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& 
             products_commit();
             if (i >= 1 && i + 1 < SIXTEENS) products_wait<1>();  // the registers of the batch before are free
         }
-        // blocks of four k steps; a piece of two (bf16, four groups) is half of one
-        here += STEPS >= 4 ? APART : piece % 2 ? MT * 8 - APART : APART;
+        here += APART;
         const bool more = ++piece < pieces;
         if (more) words.read(ring, warp, lane, FORMAT == 2);  // while the products are under way
         products_wait<0>();

@@ -38,8 +38,7 @@ def operand(fmt, words, scale_word, k8, r8, e):
 
 
 @pytest.mark.parametrize("fmt", expert_loop.SIXTEEN)
-@pytest.mark.parametrize("sixteens", [2, 4])
-def test_pieces_hold_every_weight(fmt, sixteens):
+def test_pieces_hold_every_weight(fmt):
     """Walk every element by the module's description; read it as the kernel does."""
     torch.manual_seed(0)
     n, k = 32, 256
@@ -50,8 +49,9 @@ def test_pieces_hold_every_weight(fmt, sixteens):
     else:
         values = torch.randn(n, k).to(torch.bfloat16 if fmt == "bf16" else torch.float8_e4m3fn)
         expected = values.double()
-    cut = expert_loop.pieces(fmt, values, scales, sixteens)
+    cut = expert_loop.pieces(fmt, values, scales)
     per16, size = expert_loop.SIXTEEN[fmt]
+    sixteens = expert_loop.SIXTEENS
     assert cut.shape == (n // 16, k // 16 // (sixteens * per16), sixteens * size)
     for row in range(0, n, 3):
         for column in range(0, k, 5):
@@ -72,23 +72,21 @@ def test_pieces_hold_every_weight(fmt, sixteens):
 
 
 @pytest.mark.parametrize("stage", expert_loop.STAGES)
-@pytest.mark.parametrize("groups", [2, 4])
-def test_every_weight_has_one_warp(stage, groups):
+def test_every_weight_has_one_warp(stage):
     rows, k, steps = expert_loop.STAGES[stage]
-    tiles, first = expert_loop._shares(stage, groups)
+    tiles, first = expert_loop._shares(stage)
     active = expert_loop.QKV_BLOCKS if stage == "qkv" else len(tiles)
     seen = torch.zeros(rows // 16, k // 16, dtype=torch.int64)
     for block in range(active):
-        for warp in range(4 * groups):
-            seen[tiles[block, warp], first[block, warp] : first[block, warp] + steps // groups] += 1
+        for warp in range(expert_loop.WARPS):
+            seen[tiles[block, warp], first[block, warp] : first[block, warp] + steps // expert_loop.GROUPS] += 1
     assert (seen == 1).all()
 
 
 @pytest.mark.parametrize("formats", [HYBRID, SEED, BF16], ids=["hybrid", "seed", "bf16"])
 @pytest.mark.parametrize("capacity", [610, 762, 1018])
-@pytest.mark.parametrize("groups", [2, 4])
-def test_full_size_has_a_plan(formats, capacity, groups):
-    plan = expert_loop.plan_loop(50, capacity, formats, H100_LIMIT, groups)
+def test_full_size_has_a_plan(formats, capacity):
+    plan = expert_loop.plan_loop(50, capacity, formats, H100_LIMIT)
     assert plan is not None
     assert plan.slots >= 3
     assert plan.shared() + expert_loop.STATIC_BYTES <= H100_LIMIT
@@ -102,12 +100,10 @@ def test_what_does_not_fit_has_no_plan(tokens, capacity):
 @pytest.mark.slow
 @nvcc
 @pytest.mark.parametrize("formats", [HYBRID, BF16], ids=["hybrid", "bf16"])
-@pytest.mark.parametrize("groups", [2, 4])
-def test_machine_code(tmp_path, formats, groups):
+def test_machine_code(tmp_path, formats):
     """No spills, wgmma in flight (a serialised one waits for each product), the host's count of shared memory."""
-    plan = expert_loop.plan_loop(50, 762, formats, H100_LIMIT, groups)
-    macros = {"GROUPS": groups, "TOKENS": 50, "MT": 56, "KEYS": plan.keys, "SLOTS": plan.slots, "PDL": 1, "TRACE": 0}
-    macros |= {"BACKOFF": 20, "FENCED": 1}
+    plan = expert_loop.plan_loop(50, 762, formats, H100_LIMIT)
+    macros = {"TOKENS": 50, "MT": 56, "KEYS": plan.keys, "SLOTS": plan.slots, "PDL": 1, "TRACE": 0}
     macros |= {f"FORMAT_{name.upper()}": expert.FORMATS[fmt] for name, fmt in formats.items()}
     counted = f"static_assert(SHARED == {plan.shared()} && MAIL == {plan.mail_words * 4});"
     assert "HGMMA" in disassembled(compiled(tmp_path, expert_loop.SOURCES, macros, epilogue=counted))
@@ -120,8 +116,8 @@ def weight_of(fmt, n, k):
     return fp8.quantize(dense, per_row=False) if fmt == "e4m3" else nvfp4.quantize(dense, rule="max")
 
 
-def build(formats, layers, steps, tokens, valid, capacity, groups):
-    loop = expert_loop.ExpertLoop(layers, steps, tokens, capacity, formats, torch.device("cuda"), groups=groups)
+def build(formats, layers, steps, tokens, valid, capacity):
+    loop = expert_loop.ExpertLoop(layers, steps, tokens, capacity, formats, torch.device("cuda"))
     keys = torch.randn(layers, capacity, 1, expert_loop.HEAD_DIM, device="cuda").bfloat16()
     values = torch.randn_like(keys)
     keys[:, valid:], values[:, valid:] = math.nan, math.nan  # nobody may look there
@@ -157,13 +153,12 @@ def build(formats, layers, steps, tokens, valid, capacity, groups):
 
 @pytest.mark.parametrize("formats", [HYBRID, BF16], ids=["hybrid", "bf16"])
 @pytest.mark.parametrize(("tokens", "valid", "capacity"), [(50, 560, 610), (16, 3, 610), (64, 900, 1010)])
-@pytest.mark.parametrize("groups", [2, 4])
 class TestLoop:
     pytestmark = gpu
 
-    def test_two_steps_of_two_layers(self, formats, tokens, valid, capacity, groups):
+    def test_two_steps_of_two_layers(self, formats, tokens, valid, capacity):
         torch.manual_seed(0)
-        loop, reference, keys, values, tables = build(formats, 2, 2, tokens, valid, capacity, groups)
+        loop, reference, keys, values, tables = build(formats, 2, 2, tokens, valid, capacity)
         start = torch.tensor([valid], dtype=torch.int32, device="cuda")
         h = torch.randn(tokens, 1024, device="cuda")
         expected = h.double()
