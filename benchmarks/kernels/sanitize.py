@@ -48,14 +48,13 @@ def poison(*shape: int) -> torch.Tensor:
 def gate_up() -> Outputs:
     """wgmma_gate_up: every kind of tile, rings that turn over, several tiles a block."""
     outs: Outputs = {}
-    # racecheck does not follow "all lanes read, the warp meets, one lane arrives": every lane arrives here
-    small = WgmmaTile(mt=1, nt=24, stages=2, split=2, blocks=2, every_thread=True)
+    small = WgmmaTile(mt=1, nt=24, stages=2, split=2, blocks=2)
     kinds = [
         small,
         replace(small, split=1, group=2),
         replace(small, split=1, nt=32, multicast=True, group=1),
-        WgmmaTile(mt=2, nt=24, stages=3, every_thread=True),
-        WgmmaTile(mt=2, nt=80, stages=3, group=1, multicast=True, every_thread=True),
+        WgmmaTile(mt=2, nt=24, stages=3),
+        WgmmaTile(mt=2, nt=80, stages=3, group=1, multicast=True),
     ]
     m, n, k = 37, 208, 384
     weight = WgmmaWeight(nvfp4.quantize(normal(n, k), rule="max"), torch.ones(n, device="cuda"))

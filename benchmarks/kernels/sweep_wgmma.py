@@ -40,13 +40,12 @@ GATE_UP: list[tuple[p.Problem, list[WgmmaTile]]] = [
             replace(SMALL, group=2),
             replace(SMALL, group=1),
             replace(SMALL, group=1, buffers=4),
-            replace(SMALL, every_thread=True),
             WgmmaTile(mt=2, nt=56, stages=12),
             WgmmaTile(mt=2, nt=56, stages=12, group=1),
             WgmmaTile(mt=2, nt=56, stages=12, group=1, buffers=4),
         ],
     ),
-    (p.PREFIX, [LARGE, replace(LARGE, every_thread=True), replace(LARGE, multicast=False)]),
+    (p.PREFIX, [LARGE, replace(LARGE, multicast=False)]),
     (replace(p.PREFIX, m=968), [replace(LARGE, nt=nt) for nt in (144, 176)]),
 ]
 DOWN = [

@@ -56,7 +56,7 @@ def macros(tile: WgmmaTile, chunks: int, *, fp8_out: bool, squares: bool, shifts
         "K_CHUNKS": chunks, "SPLIT": tile.split, "MULTICAST": int(tile.multicast),
         "SET_REGISTERS": int(tile.set_registers), "FP8_OUT": int(fp8_out), "SQUARES": int(squares),
         "SHIFTS": int(shifts), "PDL": int(pdl), "BLOCKS": tile.blocks, "TRIGGER": tile.trigger,
-        "EVERY_THREAD": int(tile.every_thread), "SHARED": wgmma_tiles.SHARED,
+        "SHARED": wgmma_tiles.SHARED,
     }  # fmt: skip
 
 

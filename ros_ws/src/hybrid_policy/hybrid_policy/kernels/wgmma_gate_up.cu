@@ -10,8 +10,7 @@
 // SPLIT 2: the two blocks of a cluster cut K and each finishes one warpgroup's rows; MULTICAST: the two blocks of a
 // cluster have different rows and fetch half of x each, for both. SET_REGISTERS: the producer gives registers away.
 // FP8_OUT, SQUARES (a norm's row factors), SHIFTS, PDL, TRIGGER (when dependents may start), BLOCKS a multiprocessor.
-// EVERY_THREAD: each thread gives a stage back, instead of one for its warp behind a warp's barrier, which racecheck does
-// not follow.
+// Each thread gives a stage back (one for its warp, behind a warp's barrier, is something racecheck does not follow).
 
 constexpr int CLUSTER = SPLIT == 2 || MULTICAST ? 2 : 1;
 constexpr int CONSUMERS = 256;
@@ -115,13 +114,10 @@ struct Consumer {
     u32 a[BUFFERS][GROUP][MT][4];
 
     __device__ __forceinline__ void release(u32 stage) {
-        __syncwarp();
-        if constexpr (MULTICAST) {
-            if (EVERY_THREAD) arrive_at(b.empty(stage), 0), arrive_at(b.empty(stage), 1);
-            else if (lane < 2) arrive_at(b.empty(stage), lane);
-        } else if (EVERY_THREAD || lane == 0) {
+        if constexpr (MULTICAST)
+            arrive_at(b.empty(stage), 0), arrive_at(b.empty(stage), 1);
+        else
             arrive(b.empty(stage));
-        }
     }
 
     // 64 columns; BUFFER is the fragments' half where all four k steps are one group
@@ -303,7 +299,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         for (u32 s = 0; s < STAGES; s++) {
             barrier_init(b.full_x(s), 1);
             barrier_init(b.full_w(s), 1);
-            barrier_init(b.empty(s), CONSUMERS / (EVERY_THREAD ? 1 : 32) * (MULTICAST ? 2 : 1));
+            barrier_init(b.empty(s), CONSUMERS * (MULTICAST ? 2 : 1));
         }
         barrier_init(b.received(), 1);
         barriers_initialised();

@@ -26,7 +26,6 @@ class WgmmaTile:
         blocks: a multiprocessor.
         trigger: dependents may start at the start (0), or once the kernel before has ended (1): then each
             multiprocessor has one block of this launch and room for one of the next.
-        every_thread: gives a stage back to the producer, instead of one thread for its warp: for racecheck.
     """
 
     mt: int
@@ -37,7 +36,6 @@ class WgmmaTile:
     multicast: bool = False
     blocks: int = 1
     trigger: int = 1
-    every_thread: bool = False
     buffers: int = 2
 
     @property
