@@ -112,10 +112,6 @@ def _flow_step_kernel(
         x = x - dt * (v - pull)
     x = tl.where(row < tl.load(clean_ptr), target, x)
     tl.store(x_ptr + row * A + a, x, mask=inside)
-    # read back in the order of the next product: turned around in registers, it would pass through shared memory, where
-    # threads that hold the same value write it to the same place (racecheck's only complaint)
-    tl.debug_barrier()
-    x = tl.load(x_ptr + row * A + a, mask=inside, other=0.0)
     for k0 in tl.static_range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         mask = (k < K)[:, None] & inside[None, :]

@@ -192,18 +192,19 @@ def _fused_qkv_kernel(
     turned = head < HEADS + KV_HEADS
     first = tl.where(turned, a * cos - b * sin, a)
     second = tl.where(turned, b * cos + a * sin, b)
+    # three names: the cache's elements may be others than the queries'
     if head < HEADS:
-        target = q_ptr + (m[:, None] * HEADS + head) * HEAD_DIM + i[None, :]
-        tl.store(target, first.to(q_ptr.dtype.element_ty), mask=mask)
-        tl.store(target + half, second.to(q_ptr.dtype.element_ty), mask=mask)
+        to_q = q_ptr + (m[:, None] * HEADS + head) * HEAD_DIM + i[None, :]
+        tl.store(to_q, first.to(q_ptr.dtype.element_ty), mask=mask)
+        tl.store(to_q + half, second.to(q_ptr.dtype.element_ty), mask=mask)
     elif head < HEADS + KV_HEADS:
-        target = k_ptr + (place[:, None] * KV_HEADS + head - HEADS) * HEAD_DIM + i[None, :]
-        tl.store(target, first.to(k_ptr.dtype.element_ty), mask=mask)
-        tl.store(target + half, second.to(k_ptr.dtype.element_ty), mask=mask)
+        to_k = k_ptr + (place[:, None] * KV_HEADS + head - HEADS) * HEAD_DIM + i[None, :]
+        tl.store(to_k, first.to(k_ptr.dtype.element_ty), mask=mask)
+        tl.store(to_k + half, second.to(k_ptr.dtype.element_ty), mask=mask)
     else:
-        target = v_ptr + (place[:, None] * KV_HEADS + head - HEADS - KV_HEADS) * HEAD_DIM + i[None, :]
-        tl.store(target, first.to(v_ptr.dtype.element_ty), mask=mask)
-        tl.store(target + half, second.to(v_ptr.dtype.element_ty), mask=mask)
+        to_v = v_ptr + (place[:, None] * KV_HEADS + head - HEADS - KV_HEADS) * HEAD_DIM + i[None, :]
+        tl.store(to_v, first.to(v_ptr.dtype.element_ty), mask=mask)
+        tl.store(to_v + half, second.to(v_ptr.dtype.element_ty), mask=mask)
 
 
 def plan_qkv(out_features: int, head_dim: int, processors: int = 132) -> tuple[int, int, int, int]:

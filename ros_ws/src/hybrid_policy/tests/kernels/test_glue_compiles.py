@@ -30,14 +30,15 @@ def no_stack(program):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_attention_compiles(target):
+@pytest.mark.parametrize("cache", ["bf16", "fp8e4nv"])
+def test_attention_compiles(target, cache):
     for plan in (attention.plan_attention(400, 1018, 256), attention.plan_attention(4480, 1018, 256)):
         constants = {
             "GROUP": 8, "KV_HEADS": 1, "HEAD_DIM": 256, "PADDED": 256, "BLOCK_M": plan.block_m,
             "BLOCK_N": plan.block_n, "SPLITS": plan.splits, "STAGES": plan.stages, "COMPUTE": tl.bfloat16,
             "PDL": target >= 90,
         }  # fmt: skip
-        types = ["*bf16"] * 4 + ["*fp32", "*fp32", "*i32", "*i32", "i32", "i32", "fp32"]
+        types = ["*bf16", "*" + cache, "*" + cache, "*bf16"] + ["*fp32", "*fp32", "*i32", "*i32", "i32", "i32", "fp32"]
         program = compiled(attention._attention_kernel, types, constants, target, plan.warps, plan.stages)
         no_stack(program)
         assert "mma" in program.asm["ptx"]
@@ -45,7 +46,8 @@ def test_attention_compiles(target):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("weight", ["bf16", "fp8e4nv"])
-def test_fused_qkv_compiles(target, weight):
+@pytest.mark.parametrize("cache", ["bf16", "fp8e4nv"])
+def test_fused_qkv_compiles(target, weight, cache):
     block_n, block_k, warps, stages = qkv.plan_qkv(2560, 256)
     constants = {
         "K": 1024, "HEADS": 8, "KV_HEADS": 1, "HEAD_DIM": 256, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": block_k,
@@ -58,8 +60,8 @@ def test_fused_qkv_compiles(target, weight):
         "*bf16",
         "*fp32",
         "*bf16",
-        "*bf16",
-        "*bf16",
+        "*" + cache,
+        "*" + cache,
         "*fp32",
         "*fp32",
         "*i32",
