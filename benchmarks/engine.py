@@ -194,7 +194,7 @@ def time_backend(backend, config, tokens, replays, warm=20):
 
 
 def time_graph(backend, config, tokens, replays) -> list[float]:
-    """Seconds on the device of each replay of the one graph, the copies in it included: what the host adds is left out."""
+    """Seconds on the device of each replay of the one graph, with the copies in it, without what the host adds."""
     inputs, noise = observation(config, 1, tokens)
     backend.run(inputs, noise, None)
     graph = next(iter(backend._graphs.values())).parts[0]
@@ -348,7 +348,8 @@ def measure(config, source, recipe, case, tokens, views, expected, args) -> dict
 def print_table(rows: list[dict[str, object]]) -> None:
     """The rows, briefly."""
     columns = [
-        "case", "recipe", "p50", "p99", "max", "device_p50", "device_p99", "vision_ms", "vision_floor_ms", "prefix_ms", "prefix_floor_ms",
+        "case", "recipe", "p50", "p99", "max", "device_p50", "device_p99",
+        "vision_ms", "vision_floor_ms", "prefix_ms", "prefix_floor_ms",
         "denoise_ms", "denoise_floor_ms", "allocated_gb", "reserved_gb", "cosine_min", "error_mean", "error_max",
         "bit_identical",
     ]  # fmt: skip

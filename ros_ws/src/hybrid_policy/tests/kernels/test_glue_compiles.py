@@ -38,7 +38,7 @@ def test_attention_compiles(target, cache):
             "BLOCK_N": plan.block_n, "SPLITS": plan.splits, "STAGES": plan.stages, "COMPUTE": tl.bfloat16,
             "PDL": target >= 90,
         }  # fmt: skip
-        types = ["*bf16", "*" + cache, "*" + cache, "*bf16"] + ["*fp32", "*fp32", "*i32", "*i32", "i32", "i32", "fp32"]
+        types = ["*bf16", "*" + cache, "*" + cache, "*bf16", "*fp32", "*fp32", "*i32", "*i32", "i32", "i32", "fp32"]
         program = compiled(attention._attention_kernel, types, constants, target, plan.warps, plan.stages)
         no_stack(program)
         assert "mma" in program.asm["ptx"]
