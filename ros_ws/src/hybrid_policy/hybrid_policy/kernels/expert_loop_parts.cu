@@ -67,9 +67,9 @@ __device__ __forceinline__ void store_shared4(u32 address, const uint4& v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-// ---- mail: a word that is not EMPTY has arrived, so no flag, no fence and no second trip is needed. Four copies
-// take turns from layer to layer; each block empties a slice of the copy after the next, which everybody has read two layers
-// ago (`empty_slice`). Mail must be small: what falls out of L2 comes back from memory, at every poll.
+// ---- mail: a word that is not EMPTY has arrived, so it needs no flag and no fence. Four copies take turns from layer to
+// layer; each block empties a slice of the copy after the next, which everybody has read two layers ago (`empty_slice`).
+// Mail must be small: what falls out of L2 comes back from memory, at every poll.
 
 __device__ __forceinline__ uint4 peek4(const void* from) {
     uint4 v;
@@ -96,15 +96,15 @@ __device__ __forceinline__ void await_word(const void* from) {
 }
 
 __device__ __forceinline__ void post(void* to, u32 value) {
-        asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
 
 __device__ __forceinline__ void post2(void* to, u32 a, u32 b) {
-        asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
+    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
 }
 
 __device__ __forceinline__ void post4(void* to, const uint4& v) {
-        asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 // ---- parcels: what one block reads, there once. Each float's lowest bit (of four bf16, stored in one piece, the first one's)
@@ -134,8 +134,8 @@ __device__ __forceinline__ uint2 peek2(const void* from) {
     return make_uint2((u32)v, (u32)(v >> 32));
 }
 
-// ---- activations: ``blocks`` (2 or 4) blocks of 64 columns of each token, from mail to shared memory as wgmma's B operand (K-major,
-// 128-byte swizzle): [block][token, 128 bytes, its eight 16-byte pieces XOR token % 8]. By a warpgroup, t is one's place
+// ---- activations: ``blocks`` (2 or 4) blocks of 64 columns of each token, from mail to shared memory as wgmma's B operand
+// (K-major, 128-byte swizzle): [block][token, 128 bytes, its eight 16-byte pieces XOR token % 8]. By a warpgroup, t is one's place
 // in it; stride: bytes from token to token. Rows behind TOKENS are the last one's: what becomes of them stays in their
 // own columns, and nobody looks.
 
