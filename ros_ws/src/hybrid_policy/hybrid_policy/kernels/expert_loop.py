@@ -34,8 +34,8 @@ STAGES = {
 QKV_BLOCKS = STAGES["qkv"][0] // 64 * 2
 #: k steps in 16 bytes of each lane of a warp, and bytes of a warp for them
 SIXTEEN = {"bf16": (1, 512), "e4m3": (2, 512), "nvfp4": (4, 640)}
-#: warpgroups of a block, and their warps; times 16 bytes of each lane in a piece of the ring
-GROUPS, WARPS, SIXTEENS = 2, 8, 4
+#: warpgroups of a block, and their warps; a lane's loads, 16 bytes each, in a piece of the ring
+GROUPS, WARPS, LOADS = 2, 8, 4
 STATIC_BYTES = 6144  # barriers and small tables beside the dynamic shared memory
 _EMPTY = -1  # a word of mail that has not been written
 
@@ -44,8 +44,8 @@ _EMPTY = -1  # a word of mail that has not been written
 class LoopPlan:
     """Sizes that follow from tokens, cache and formats.
 
-    keys: rows of the cache a block attends to, at most. slots: of the ring of
-    weights, ``slot`` bytes each.
+    padded: tokens of a product. keys: rows of the cache a block attends to, at most. slots: of the ring of weights,
+    ``slot`` bytes each.
     """
 
     tokens: int
@@ -86,7 +86,7 @@ def plan_loop(tokens: int, capacity: int, formats: Mapping[str, str], limit: int
     if keys > 128:
         return None
     padded = 56 if tokens <= 56 else 64
-    slot = WARPS * SIXTEENS * max(SIXTEEN[fmt][1] for fmt in formats.values())
+    slot = WARPS * LOADS * max(SIXTEEN[fmt][1] for fmt in formats.values())
     for slots in range(6, 2, -1):
         plan = LoopPlan(tokens, padded, keys, slots, slot)
         if plan.shared() + STATIC_BYTES <= limit:
@@ -103,7 +103,7 @@ def pieces(fmt: str, values: Tensor, scales: Tensor | None) -> Tensor:
     """Rows of W cut into a warp's shares of bulk copies: uint8 [N / 16, K / 16 / steps, bytes].
 
     Lane ``4g + t`` holds wgmma's A fragment of 16 rows and 16 k: element (k8, r8, e) is row ``2g + r8``, k
-    ``2t + 8 k8 + e``. A share is `SIXTEENS` times 512 bytes, of each lane 16. bf16: one k step, (k8, r8, e). E4M3:
+    ``2t + 8 k8 + e``. A share is `LOADS` times 512 bytes, of each lane 16. bf16: one k step, (k8, r8, e). E4M3:
     two k steps, four words (step, k8) of `e4m3_words`. NVFP4: four k steps, a word of `packing.pack_words` each; then
     as often 128 bytes of scales: for each g four words, one a k step, of bf16(scale · 2^119) of rows 2g (low) and
     2g + 1.
@@ -112,7 +112,7 @@ def pieces(fmt: str, values: Tensor, scales: Tensor | None) -> Tensor:
     raw = values if fmt != "e4m3" else values.view(torch.uint8)
     # T g r8 S k8 t e -> T S g t k8 r8 e
     f = raw.reshape(n // 16, 8, 2, k // 16, 2, 4, 2).permute(0, 3, 1, 5, 4, 2, 6)
-    size = SIXTEENS * SIXTEEN[fmt][1]
+    size = LOADS * SIXTEEN[fmt][1]
     if fmt == "bf16":
         return f.contiguous().view(torch.uint8).reshape(n // 16, -1, size)
     if fmt == "e4m3":
@@ -121,10 +121,10 @@ def pieces(fmt: str, values: Tensor, scales: Tensor | None) -> Tensor:
     assert scales is not None
     words = packing.pack_words(f.flatten(-3))[..., 0]  # T S g t
     words = words.unflatten(1, (-1, 4)).permute(0, 1, 3, 4, 2)  # T I g t step
-    codes = words.contiguous().view(torch.uint8).reshape(n // 16, -1, SIXTEENS * 512)
+    codes = words.contiguous().view(torch.uint8).reshape(n // 16, -1, LOADS * 512)
     wide = expert_packing.wide_scales(scales).reshape(n // 16, 8, 2, -1, 4)  # T g r8 I step
     wide = wide.permute(0, 3, 1, 4, 2)  # T I g step r8
-    return torch.cat((codes, wide.contiguous().view(torch.uint8).reshape(n // 16, -1, SIXTEENS * 128)), -1)
+    return torch.cat((codes, wide.contiguous().view(torch.uint8).reshape(n // 16, -1, LOADS * 128)), -1)
 
 
 def e4m3_words(codes: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ class ExpertLoop:
             expert.rows_of(values, order),
             None if scales is None else expert.rows_of(scales, order),
         )
-        steps = SIXTEENS * SIXTEEN[fmt][0]
+        steps = LOADS * SIXTEEN[fmt][0]
         tiles, first = (share.to(values.device) for share in _shares(stage))
         count = steps_of(stage) // steps
         index = (first // steps)[..., None] + torch.arange(count, device=values.device)

@@ -1,7 +1,7 @@
 // ------------------------------------------------------------------------------- all layers of the expert, one launch
 // 128 blocks, 16 tiles of 8 parts, stay on the device for a whole pass over the layers. Weights stream into a ring,
 // ahead of need; blocks hand each other activations as mail (expert_loop_parts.cu), so that a stage begins as soon
-// as its last word is there. The residual stream never leaves the registers of the blocks that own it.
+// as its last word is there. The residual stream never leaves the blocks that own it.
 //
 // Rows of W and parts of K:    rows               K
 //   QKV (norm, RoPE)           64 a pair          halves by block of the pair, then by warpgroup

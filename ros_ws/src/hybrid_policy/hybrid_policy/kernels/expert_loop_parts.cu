@@ -23,14 +23,14 @@ __device__ __forceinline__ void wait_bytes(u32 barrier, u32 parity) {
 // A warp of its own, behind the workers, asks for them (`stream_weights` in expert_loop_layout.cu): asking takes some 300
 // clocks, which a worker's products would wait for.
 
-constexpr int SIXTEENS = 4;  // times 16 bytes of each lane in a piece
+constexpr int LOADS = 4;  // of a lane, 16 bytes each, in a piece
 
 template <int FORMAT> struct Piece {  // a warp's share of one bulk copy
     static constexpr int PER16 = FORMAT == 0 ? 1 : FORMAT == 1 ? 2 : 4;  // k steps of 16 in 16 bytes of each lane
-    static constexpr int STEPS = SIXTEENS * PER16;
-    static constexpr int BYTES = SIXTEENS * (FORMAT == 2 ? 640 : 512);  // NVFP4: 512 of codes, then 128 of scales, each
+    static constexpr int STEPS = LOADS * PER16;
+    static constexpr int BYTES = LOADS * (FORMAT == 2 ? 640 : 512);  // NVFP4: 512 of codes, then 128 of scales, each
 };
-constexpr int SLOT = WARPS * SIXTEENS * (HAS_FORMAT(2) ? 640 : 512);
+constexpr int SLOT = WARPS * LOADS * (HAS_FORMAT(2) ? 640 : 512);
 
 struct Ring {
     u32 data, barriers;  // slots; of each a barrier that it is full, and behind those one that it is empty
@@ -227,15 +227,15 @@ __device__ __forceinline__ void operand_of(u32 (&a)[4], const uint4& w, int step
 
 // A lane's words of a piece: codes, and scales where there are some
 struct Words {
-    uint4 codes[SIXTEENS], scales[SIXTEENS];
+    uint4 codes[LOADS], scales[LOADS];
     __device__ __forceinline__ void read(Ring& ring, u32 warp, u32 lane, bool scaled) {
         wait_bytes(ring.full(), ring.parity);
-        const u32 from = ring.data + ring.slot * SLOT + warp * (SIXTEENS * (scaled ? 640 : 512));
+        const u32 from = ring.data + ring.slot * SLOT + warp * (LOADS * (scaled ? 640 : 512));
 #pragma unroll
-        for (int i = 0; i < SIXTEENS; i++) codes[i] = load_shared4(from + i * 512 + lane * 16);
+        for (int i = 0; i < LOADS; i++) codes[i] = load_shared4(from + i * 512 + lane * 16);
         if (HAS_FORMAT(2) && scaled)
 #pragma unroll
-            for (int i = 0; i < SIXTEENS; i++) scales[i] = load_shared4(from + SIXTEENS * 512 + i * 128 + lane / 4 * 16);
+            for (int i = 0; i < LOADS; i++) scales[i] = load_shared4(from + LOADS * 512 + i * 128 + lane / 4 * 16);
         arrive(ring.empty());
         ring.advance();
     }
@@ -255,7 +255,7 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& 
 #pragma unroll 1
     for (u32 piece = 0;;) {
 #pragma unroll
-        for (int i = 0; i < SIXTEENS; i++) {
+        for (int i = 0; i < LOADS; i++) {
             u32 a[BATCH][4];
 #pragma unroll
             for (int k = 0; k < BATCH; k++) {
@@ -270,7 +270,7 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& 
                 warpgroup_mma(d, a[k], (u64)HIGH << 32 | (here + (step / 4 * (MT * 128) + step % 4 * 32 >> 4)));
             }
             products_commit();
-            if (i >= 1 && i + 1 < SIXTEENS) products_wait<1>();  // the registers of the batch before are free
+            if (i >= 1 && i + 1 < LOADS) products_wait<1>();  // the registers of the batch before are free
         }
         here += APART;
         const bool more = ++piece < pieces;

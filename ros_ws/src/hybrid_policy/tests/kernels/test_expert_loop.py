@@ -51,7 +51,7 @@ def test_pieces_hold_every_weight(fmt):
         expected = values.double()
     cut = expert_loop.pieces(fmt, values, scales)
     per16, size = expert_loop.SIXTEEN[fmt]
-    sixteens = expert_loop.SIXTEENS
+    sixteens = expert_loop.LOADS
     assert cut.shape == (n // 16, k // 16 // (sixteens * per16), sixteens * size)
     for row in range(0, n, 3):
         for column in range(0, k, 5):
