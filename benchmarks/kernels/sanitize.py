@@ -24,7 +24,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from hybrid_policy.kernels import activations, expert, fp8, nvfp4, qkv, tiles, wgmma_linear
+from hybrid_policy.kernels import (
+    activations,
+    expert,
+    flow_step,
+    fp8,
+    hopper_product,
+    nvfp4,
+    prefix_attention,
+    qkv,
+    tiles,
+    vision_attention,
+    wgmma_linear,
+)  # fmt: skip
 from hybrid_policy.kernels.nvfp4_activation import NVFP4Activation
 from hybrid_policy.kernels.stream import StreamWeight
 from hybrid_policy.kernels.stream_layers import interleaved
@@ -170,11 +182,77 @@ def expert_layer() -> Outputs:
     return outs | {"attention": out}
 
 
+def flow() -> Outputs:
+    """flow_step at the model's width, its norm in and out, first and later steps."""
+    tokens, actions, width = 3, 32, 1024
+    weights = flow_step.FlowWeights(normal(actions, width), normal(actions), normal(width, actions), normal(width))
+    guide = flow_step.Guide(normal(tokens, actions), normal(tokens), torch.ones(1, device="cuda", dtype=torch.int32))
+    x, h = normal(tokens, actions), normal(tokens, width)
+    for first in (True, False):
+        for norm in (None, (normal(width), normal(width))):
+            flow_step.flow_step(h, x, h, weights, guide, 0.5, 0.1, 1.0, first=first, norm=norm, pdl=not first)
+    return {"actions": x, "next": h}
+
+
+def vision() -> Outputs:
+    """vision_attention: one and two warpgroups, head dimensions with and without a piece of zeros, both outputs."""
+    outs: Outputs = {}
+    for tokens, heads, head_dim in ((256, 2, 72), (64, 2, 64), (192, 1, 40)):
+        stacked = normal(tokens, 3 * heads * head_dim).bfloat16()
+        for scale in (None, 0.02):
+            name = f"{tokens} x {head_dim}, {'bf16' if scale is None else 'FP8'}"
+            outs[name] = vision_attention.vision_attention(stacked, heads, tokens, scale, pdl=scale is not None)
+    return outs
+
+
+def prefix() -> Outputs:
+    """prefix_attention: tiles that turn over, ranks with one tile more than others and with none, a ragged row tile."""
+    outs: Outputs = {}
+    capacity = 330
+    for tokens, heads, valid_keys, clusters in ((17, 8, 311, (1, 2, 3)), (5, 4, 3, (3,))):
+        q, k, v = normal(tokens, heads, 256), normal(capacity, 1, 256), normal(capacity, 1, 256)
+        q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+        valid = torch.tensor([valid_keys], dtype=torch.int32, device="cuda")
+        for cluster in clusters:
+            call = prefix_attention.PrefixAttention(
+                tokens, heads, capacity, q.device, cluster=cluster, pdl=cluster == 2
+            )
+            out, scale = poison(tokens, heads, 256), torch.full((tokens,), float("nan"), device="cuda")
+            eight = torch.empty(out.shape, device="cuda", dtype=torch.float8_e4m3fn)
+            call(q, k, v, valid, 0, out)
+            call(q, k, v, valid, 0, eight, out_scale=scale)
+            outs |= {f"{heads} heads, {cluster}": out, f"{heads} heads, {cluster}, FP8": eight}
+            outs[f"{heads} heads, {cluster}, scale"] = scale
+    return outs
+
+
+def product() -> Outputs:
+    """hopper_product: both formats, all epilogues, every cluster; rings that turn over; ragged rows and columns."""
+    outs: Outputs = {}
+    m, n = 150, 136
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        k = 5 * 128 // dtype.itemsize + 16
+        x, w, bias = normal(m, k).to(dtype), normal(n, k).to(dtype), normal(n).bfloat16()
+        for cm, cn in ((1, 1), (1, 2), (2, 1), (2, 2)):
+            plan = hopper_product.ProductPlan(32 if cm == 1 else 64, cm, cn, 3)
+            for gelu, scale in ((False, None), (True, None), (True, 0.02)):
+                out = hopper_product.hopper_product(
+                    x, w, bias=bias if gelu else None, gelu=gelu, out_scale=scale, plan=plan, pdl=gelu
+                )
+                outs[f"{dtype}, {cm}x{cn}, gelu {gelu}, {out.dtype}"] = out
+    return outs
+
+
 GROUPS: dict[str, Callable[[], Outputs]] = {
-    "gate_up": gate_up, "down": down, "stream": stream, "rows": rows, "expert": expert_layer,
+    "gate_up": gate_up, "down": down, "stream": stream, "rows": rows, "expert": expert_layer, "flow": flow,
+    "vision": vision, "prefix_attention": prefix, "product": product,
 }  # fmt: skip
 #: Kernels that have their own GPU tests, sanitised through these.
-TEST_GROUPS = ("glue=test_glue.py", "prefix=test_prefix_kernels.py:not machine_code", "loop=test_expert_loop.py")
+TEST_GROUPS = (
+    "glue=test_glue.py",
+    "inputs=test_prefix_kernels.py:TestGe or cut_patches or gather_rows",
+    "loop=test_expert_loop.py",
+)
 
 
 def launch(group: str) -> int:

@@ -10,7 +10,7 @@ For each action i of the chunk (x, Y: [horizon, actions]; W: [horizon]; c = clea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -25,12 +25,16 @@ from hybrid_policy.kernels.qkv import prefetch_l2
 @dataclass(frozen=True)
 class FlowWeights:
     """The two action projections, float32: ``out_weight`` [A, K], ``out_bias`` [A], ``in_weight`` [K, A],
-    ``in_bias`` [K], as checkpoints hold them."""
+    ``in_bias`` [K], as checkpoints hold them; and ``in_columns`` [A, K], the second transposed."""
 
     out_weight: Tensor
     out_bias: Tensor
     in_weight: Tensor
     in_bias: Tensor
+    in_columns: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "in_columns", self.in_weight.T.contiguous())
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,16 @@ def flow_step_reference(
         x -= dt * (v - pull)
     x.copy_(torch.where(rows < guide.clean, guide.target, x))
     h_next.copy_(x @ weights.in_weight.T + weights.in_bias)
+
+
+def plan_flow(width: int) -> tuple[int, int]:
+    """(BLOCK_K, warps): four neighbouring values of K a thread, all actions.
+
+    Then a thread holds every action's sum and its own columns of both weights, and nothing need change hands between
+    the two products; with more warps than that, several would write one value to one place of shared memory.
+    """
+    block = max(16, min(1024, triton.next_power_of_2(width)))
+    return block, max(1, block // 128)
 
 
 @triton.jit
@@ -111,12 +125,13 @@ def _flow_step_kernel(
         pull = strength * tl.load(w_ptr + row) * (target - (x - t * v))
         x = x - dt * (v - pull)
     x = tl.where(row < tl.load(clean_ptr), target, x)
-    tl.store(x_ptr + row * A + a, x, mask=inside)
+    for i in tl.static_range(A):  # each thread holds all of x: a store of the whole would share it out once more
+        tl.store(x_ptr + row * A + i, tl.sum(tl.where(a == i, x, 0.0), 0))
     for k0 in tl.static_range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        mask = (k < K)[:, None] & inside[None, :]
-        weight = tl.load(in_w_ptr + k[:, None] * A + a[None, :], mask=mask, other=0.0)
-        y = tl.sum(weight * x[None, :], 1) + tl.load(in_b_ptr + k, mask=k < K, other=0.0)
+        mask = inside[:, None] & (k < K)[None, :]
+        weight = tl.load(in_w_ptr + a[:, None] * K + k[None, :], mask=mask, other=0.0)
+        y = tl.sum(weight * x[:, None], 0) + tl.load(in_b_ptr + k, mask=k < K, other=0.0)
         tl.store(next_ptr + row * K + k, y.to(next_ptr.dtype.element_ty), mask=k < K)
 
 
@@ -146,9 +161,10 @@ def flow_step(
     rows, actions = x.shape
     width = h_next.shape[1]
     scale, shift = norm if norm is not None else (None, None)
+    block, warps = plan_flow(width)
     _flow_step_kernel[(rows,)](
-        h, x, h_next, weights.out_weight, weights.out_bias, weights.in_weight, weights.in_bias,
+        h, x, h_next, weights.out_weight, weights.out_bias, weights.in_columns, weights.in_bias,
         guide.target, guide.weights, guide.clean, scale, shift, t, dt, strength, eps,
-        K=width, A=actions, BLOCK_A=triton.next_power_of_2(actions), BLOCK_K=min(256, triton.next_power_of_2(width)),
-        FIRST=first, NORM=norm is not None, PROGRAMS=rows, PDL=pdl, num_warps=8, **pdl_option(pdl),
+        K=width, A=actions, BLOCK_A=triton.next_power_of_2(actions), BLOCK_K=block,
+        FIRST=first, NORM=norm is not None, PROGRAMS=rows, PDL=pdl, num_warps=warps, **pdl_option(pdl),
     )  # fmt: skip

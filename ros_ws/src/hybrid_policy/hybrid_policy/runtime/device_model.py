@@ -16,14 +16,13 @@ from torch import Tensor
 
 from hybrid_policy.kernels.expert import ExpertAttention
 from hybrid_policy.kernels.flow_step import Guide
-from hybrid_policy.kernels.fp8_product import fp8_product
 from hybrid_policy.kernels.gate_up import NormPrologue, PackedGateUp
+from hybrid_policy.kernels.hopper_product import hopper_product, pays
 from hybrid_policy.kernels.prefix_attention import PrefixAttention
 from hybrid_policy.kernels.prefix_inputs import padded_patch
 from hybrid_policy.kernels.qkv import rope_tables
-from hybrid_policy.kernels.vision_attention import vision_attention_reference
 from hybrid_policy.models.flow import step_times
-from hybrid_policy.runtime.device_weights import DeviceWeights, GemmaLayer, VisionLayer
+from hybrid_policy.runtime.device_weights import DeviceWeights, GemmaLayer
 from hybrid_policy.runtime.projection import Projection
 from hybrid_policy.runtime.rtc import RealTimeChunking
 from hybrid_policy.runtime.stages import GLUE, StageTable
@@ -101,25 +100,26 @@ class DeviceModel:
         for layer in w.vision:
             h = self._layer_normed(layer.norm1, layer.qkv.input_dtype, addend, bias)
             qkv = self._vision_product(layer.qkv, h)
-            # where nothing is to be rounded, the library's attention is as fast
-            attend = self._glue["vision_attention"] if layer.seen_scale is not None else vision_attention_reference
-            seen = attend(qkv, config.heads, self.config.image_tokens, layer.seen_scale)
+            seen = self._glue["vision_attention"](qkv, config.heads, self.config.image_tokens, layer.seen_scale)
             addend, bias = self._vision_product(layer.out, seen), layer.out_bias
             h = self._layer_normed(layer.norm2, layer.fc1.input_dtype, addend, bias)
-            addend, bias = self._vision_product(layer.fc2, self._gelu(h, layer)), layer.fc2_bias
+            act = self._vision_product(layer.fc1, h, gelu=True, out_scale=layer.fc2.input_scale)
+            addend, bias = self._vision_product(layer.fc2, act), layer.fc2_bias
         w.projector(self._layer_normed(w.post_norm, w.dtype, addend, bias), out=self.features)
 
-    def _vision_product(self, product: Projection, x: Tensor, gelu_scale: float | None = None) -> Tensor:
-        """The product, with its bias where it has one; with ``gelu_scale`` its GELU in FP8."""
+    def _vision_product(
+        self, product: Projection, x: Tensor, *, gelu: bool = False, out_scale: float | None = None
+    ) -> Tensor:
+        """The product, with its bias where it has one, or its GELU; the GELU in FP8 with ``out_scale``."""
         whole = product.whole()
-        if self.table.vision_product == "hopper" and whole is not None:
-            weight, factor = whole
-            return fp8_product(x, weight, factor, bias=product.bias, gelu_scale=gelu_scale, pdl=self.table.pdl)
+        if self.table.vision_product == "hopper" and whole is not None and pays(x.dtype, x.shape[0], *whole[0].shape):
+            pdl = self.table.pdl
+            return hopper_product(x, *whole, bias=product.bias, gelu=gelu, out_scale=out_scale, pdl=pdl)
+        if out_scale is None:
+            return product.gelu(x) if gelu else product(x)
         y = product(x)
-        if gelu_scale is None:
-            return y
         act = torch.empty(y.shape, dtype=torch.float8_e4m3fn, device=self.device)
-        self._glue["gelu_quantise"](y, act, gelu_scale)
+        self._glue["gelu_quantise"](y, act, out_scale)
         return act
 
     def _layer_normed(
@@ -129,12 +129,6 @@ class DeviceModel:
         h = torch.empty(self.vision_x.shape, dtype=dtype, device=self.device)
         self._glue["add_norm"](self.vision_x, h, norm[0], shift=norm[1], addend=addend, bias=bias, layer_norm=True)
         return h
-
-    def _gelu(self, h: Tensor, layer: VisionLayer) -> Tensor:
-        """gelu(fc1 h) in the form that fc2 takes."""
-        if layer.fc2.input_scale is None:
-            return layer.fc1.gelu(h)
-        return self._vision_product(layer.fc1, h, layer.fc2.input_scale)
 
     # ---- prefix ------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import expert as expert_kernels
-from hybrid_policy.kernels import expert_loop, fp8_product, prefix_attention, vision_attention
+from hybrid_policy.kernels import expert_loop, hopper_product, prefix_attention, vision_attention
 from hybrid_policy.models.checkpoint import Checkpoint
 from hybrid_policy.models.config import Pi05Config
 from hybrid_policy.models.pi05 import EXPERT, keeps_float32
@@ -201,7 +201,7 @@ def choose_table(
         table = dataclasses.replace(table, prefix_attention="kernel")
     if not vision_attention.fits(capability, config.image_tokens, config.vision.head_dim):
         table = dataclasses.replace(table, vision_attention="reference")
-    if not all(fp8_product.fits(capability, n, k) for n, k in vision_shapes(config)):
+    if not all(hopper_product.fits(capability, n, k) for n, k in vision_shapes(config)):
         table = dataclasses.replace(table, vision_product="library")
     if rtc.mode == "prefix":
         return dataclasses.replace(table, expert="split")

@@ -46,6 +46,7 @@ class Projection:
         self.bias = None if bias is None else bias.to(dtype).contiguous()
         self.route = "cuBLAS bf16"
         self._packed: PackedLinear | None = None
+        self._factor = 1.0
         self._column_scale: Tensor | None = None
         self._weight: Tensor
         self._input_scale = torch.full((), 1.0 if input_scale is None else input_scale, device=_device(first))
@@ -89,9 +90,9 @@ class Projection:
         return y if self.bias is None else y + self.bias
 
     def whole(self) -> tuple[Tensor, float] | None:
-        """FP8 values [N, K] and the one factor that makes ``x W.T`` y; None unless ``input_scale`` was given and one
-        scale holds for all columns."""
-        if self.input_scale is None or self._column_scale is not None:
+        """The weight [N, K] and the one factor that makes ``x W.T`` y (without the bias); None where there is no such
+        thing: NVFP4, FP8 without ``input_scale`` or with several scales."""
+        if self._packed is not None or self.quantised or self._column_scale is not None:
             return None
         return self._weight, self._factor
 

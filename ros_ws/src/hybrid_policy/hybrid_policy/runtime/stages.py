@@ -42,7 +42,7 @@ class StageTable:
 
     ``expert`` is ``loop`` (kernels/expert_loop.py), ``cluster`` (kernels/expert.py), ``fused`` (Triton) or ``split``
     (norm, GEMM, glue). ``prefix_attention`` is ``hopper`` (kernels/prefix_attention.py), or as ``attention``.
-    ``vision_product``: vision's FP8 products by ``hopper`` (kernels/fp8_product.py) or the library.
+    ``vision_product``: vision's products by ``hopper`` (kernels/hopper_product.py), where that pays, or the library.
 
     pdl: kernels may start before their predecessor ends (programmatic dependent launch).
     """

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels import expert, fp8_product
+from hybrid_policy.kernels import expert, hopper_product
 from hybrid_policy.kernels.fp8 import FP8Tensor
 from hybrid_policy.kernels.gate_up import prepare_gate_up
 from hybrid_policy.kernels.linear import prepare
@@ -229,27 +229,22 @@ def _vision_call(group: Group, packed: Sequence[Packed], x: Tensor) -> Callable[
         for i, site in enumerate(sites)
     ]
     first = x.to(products[0].input_dtype)
-    hopper = eight and fp8_product.fits(torch.cuda.get_device_capability(device), *group.shape)
+    fits = hopper_product.fits(torch.cuda.get_device_capability(device), *group.shape)
 
-    def product(i: int, y: Tensor, gelu_scale: float | None = None) -> Tensor:
-        whole = products[i].whole()
-        if hopper and whole is not None:
-            return fp8_product.fp8_product(y, *whole, bias=products[i].bias, gelu_scale=gelu_scale, pdl=True)
-        return products[i](y)
+    def product(i: int, y: Tensor, *, gelu: bool = False) -> Tensor:
+        whole, out_scale = products[i].whole(), scale if gelu else None
+        if fits and whole is not None and hopper_product.pays(y.dtype, y.shape[0], *whole[0].shape):
+            bias = products[i].bias
+            return hopper_product.hopper_product(y, *whole, bias=bias, gelu=gelu, out_scale=out_scale, pdl=True)
+        if out_scale is None:
+            return products[i].gelu(y) if gelu else products[i](y)
+        act = torch.empty(y.shape[0], group.shape[0], dtype=torch.float8_e4m3fn, device=device)
+        gelu_quantise(products[i](y), act, out_scale, pdl=True)
+        return act
 
     if group.kind != "mlp.fc":
         return lambda: product(0, first)
-    if not eight:
-        return lambda: products[1](products[0].gelu(first))
-
-    def both() -> Tensor:
-        act = product(0, first, 1.0)
-        if not hopper:
-            y, act = act, torch.empty(act.shape, dtype=torch.float8_e4m3fn, device=device)
-            gelu_quantise(y, act, 1.0, pdl=True)
-        return product(1, act)
-
-    return both
+    return lambda: product(1, product(0, first, gelu=True))
 
 
 _EPILOGUES = {

@@ -110,7 +110,18 @@ def test_glue_compiles(target):
     }
     types = ["*bf16", "*bf16", "*fp8e4nv", "*fp8e4nv", "*fp32", "*fp32", "*i32", "*fp32"]
     no_stack(compiled(qkv._rope_split_kernel, types, constants, target, 4))
-    constants = {"K": 1024, "A": 32, "BLOCK_A": 32, "BLOCK_K": 256, "FIRST": False, "NORM": True}
-    constants |= {"PROGRAMS": 50, "PDL": True}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("width", "actions"), [(1024, 32), (2048, 32), (80, 7)])
+def test_no_two_threads_of_a_flow_step_write_one_value(target, width, actions):
+    """What several warps or lanes hold alike, Triton stores from each where it changes layouts, without a predicate."""
+    block, warps = flow_step.plan_flow(width)
     types = ["*bf16", "*fp32", "*bf16"] + ["*fp32"] * 6 + ["*i32", "*fp32", "*fp32"] + ["fp32"] * 4
-    no_stack(compiled(flow_step._flow_step_kernel, types, constants, target, 4))
+    for first in (False, True):
+        constants = {"K": width, "A": actions, "BLOCK_A": triton.next_power_of_2(actions), "BLOCK_K": block}
+        constants |= {"FIRST": first, "NORM": True, "PROGRAMS": 50, "PDL": target >= 90}
+        program = compiled(flow_step._flow_step_kernel, types, constants, target, warps)
+        no_stack(program)
+        stores = [line.strip() for line in program.asm["ptx"].splitlines() if "st.shared" in line]
+        assert all(line.startswith("@") for line in stores), stores

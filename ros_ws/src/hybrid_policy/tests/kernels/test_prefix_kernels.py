@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels import fp8_product, geglu_rows, norm, prefix_attention, prefix_inputs, vision_attention
+from hybrid_policy.kernels import geglu_rows, hopper_product, norm, prefix_attention, prefix_inputs, vision_attention
 from hybrid_policy.kernels.attention import attention_reference
 from hybrid_policy.runtime import static_scales
 
@@ -139,8 +139,9 @@ def test_geglu_plans():
 
 @pytest.mark.parametrize("rows", [32, 256, 512, 560, 768])
 @pytest.mark.parametrize(("n", "k"), [(3456, 1152), (1152, 1152), (4304, 1152), (1152, 4304), (384, 128)])
-def test_product_plans_fit_the_device(rows, n, k):
-    plan = fp8_product.plan_product(rows, n, k)
+@pytest.mark.parametrize("size", [1, 2])
+def test_product_plans_fit_the_device(rows, n, k, size):
+    plan = hopper_product.plan_product(rows, n, k * size)
     assert plan.nt % (8 * plan.cm) == 0
     assert plan.shared + 1200 <= 227 * 1024
     assert 2 <= plan.stages <= 8
@@ -158,7 +159,8 @@ def test_which_vision_attention_fits():
     assert not fits((9, 0), 256, 128)
 
 
-PRODUCT = {"BIAS": 1, "GELU": 1, "PDL": 1}
+EIGHT = {"SIZE": 1, "BIAS": 1, "GELU": 1, "EIGHT": 1, "PDL": 1}
+SIXTEEN = {"SIZE": 2, "BIAS": 1, "GELU": 1, "EIGHT": 0, "PDL": 1}
 VISION = {"TOKENS": 256, "HEADS": 16, "HEAD_DIM": 72, "GROUPS": 2, "QUANTISE": 1, "PDL": 1}
 
 
@@ -169,13 +171,15 @@ VISION = {"TOKENS": 256, "HEADS": 16, "HEAD_DIM": 72, "GROUPS": 2, "QUANTISE": 1
         (prefix_attention.SOURCES, {"GROUP": 8, "CLUSTER": 3, "QUANTISE": 1, "PDL": 1}),
         (prefix_attention.SOURCES, {"GROUP": 4, "CLUSTER": 1, "QUANTISE": 0, "PDL": 0}),
         (geglu_rows.SOURCES, {"WIDTH": 16384, "THREADS": 512, "BLOCKS": 3, "PDL": 1}),
-        (fp8_product.SOURCES, {"NT": 136, "STAGES": 6, "CM": 1, "CN": 1} | PRODUCT),
-        (fp8_product.SOURCES, {"NT": 64, "STAGES": 8, "CM": 2, "CN": 2} | PRODUCT),
+        (hopper_product.SOURCES, {"NT": 136, "STAGES": 6, "CM": 1, "CN": 1} | EIGHT),
+        (hopper_product.SOURCES, {"NT": 64, "STAGES": 8, "CM": 2, "CN": 2} | EIGHT),
+        (hopper_product.SOURCES, {"NT": 144, "STAGES": 6, "CM": 2, "CN": 2} | SIXTEEN),
+        (hopper_product.SOURCES, {"NT": 240, "STAGES": 4, "CM": 1, "CN": 1} | SIXTEEN),
         (vision_attention.SOURCES, VISION),
     ],
 )
 def test_machine_code_without_spills_or_serialised_products(tmp_path, sources, macros):
-    prelude = fp8_product.product_source(macros["NT"]) if "NT" in macros else ""
+    prelude = hopper_product.product_source(macros["SIZE"], macros["NT"]) if "NT" in macros else ""
     if "TOKENS" in macros:
         prelude = vision_attention.step_source(macros["TOKENS"], macros["HEAD_DIM"])
     assert compiled(tmp_path, sources, macros, prelude=prelude).stat().st_size > 0
@@ -231,28 +235,42 @@ class TestGeglu:
 
 @pytest.mark.parametrize("rows", [37, 512, 768])
 @pytest.mark.parametrize(("n", "k"), [(3456, 1152), (1152, 4304), (4304, 1152), (136, 144)])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
 class TestProduct:
     pytestmark = hopper
 
-    def test_agrees_with_float32(self, rows, n, k):
-        x = (torch.randn(rows, k) * 4).to(torch.float8_e4m3fn)
-        w = (torch.randn(n, k) * 4).to(torch.float8_e4m3fn)
+    def test_agrees_with_float64(self, rows, n, k, dtype):
+        product = hopper_product.hopper_product
+        x, w = ((torch.randn(size, k) * 4).to(dtype) for size in (rows, n))
         bias, scale = torch.randn(n, dtype=torch.bfloat16), k**-0.5 / 16
-        expected = x.float() @ w.float().T * scale
-        assert relative(fp8_product.fp8_product(x, w, scale), expected) < 5e-3
-        expected = expected + bias.float()
-        first = fp8_product.fp8_product(x, w, scale, bias=bias, pdl=True)
+        expected = x.double() @ w.double().T * scale
+        assert relative(product(x, w, scale), expected) < 5e-3
+        expected = expected + bias.double()
+        first = product(x, w, scale, bias=bias, pdl=True)
         assert relative(first, expected) < 5e-3
-        assert torch.equal(first, fp8_product.fp8_product(x, w, scale, bias=bias))
-        ours = fp8_product.fp8_product(x, w, scale, bias=bias, gelu_scale=0.02)
-        assert relative(ours.float() * 0.02, F.gelu(expected, approximate="tanh")) < 4e-2
+        assert torch.equal(first, product(x, w, scale, bias=bias, pdl=True))
+        curved = F.gelu(expected, approximate="tanh")
+        wide = product(x, w, scale, bias=bias, gelu=True)
+        assert relative(wide, curved) < 5e-3
+        # right to bf16's last place, and what a sum of k terms loses, wherever on the curve
+        assert ((wide - curved).abs() <= 2**-8 * curved.abs() + 2e-5 * curved.abs().max()).all()
+        ours = product(x, w, scale, bias=bias, gelu=True, out_scale=0.02)
+        assert relative(ours.float() * 0.02, curved) < 4e-2
 
-    def test_clusters_change_nothing_but_the_order(self, rows, n, k):
-        x, w = ((torch.randn(size, k) * 4).to(torch.float8_e4m3fn) for size in (rows, n))
-        expected = x.float() @ w.float().T
+    def test_clusters_change_nothing_but_the_order(self, rows, n, k, dtype):
+        x, w = ((torch.randn(size, k) * 4).to(dtype) for size in (rows, n))
+        expected = x.double() @ w.double().T
         for cm, cn in ((1, 1), (1, 2), (2, 1), (2, 2)):
-            plan = fp8_product.make_plan(64, cm, cn, k)
-            assert relative(fp8_product.fp8_product(x, w, 1.0, plan=plan), expected) < 5e-3
+            plan = hopper_product.make_plan(64, cm, cn, k * dtype.itemsize)
+            assert relative(hopper_product.hopper_product(x, w, plan=plan), expected) < 5e-3
+
+    def test_rows_may_lie_apart(self, rows, n, k, dtype):
+        whole_x, whole_w = ((torch.randn(size, k + 16) * 4).to(dtype) for size in (rows, n))
+        out = torch.full((rows, n + 8), 7.0, dtype=torch.bfloat16)
+        x, w = whole_x[:, :k], whole_w[:, :k]
+        hopper_product.hopper_product(x, w, out=out[:, :n])
+        assert torch.equal(out[:, :n], hopper_product.hopper_product(x.contiguous(), w.contiguous()))
+        assert (out[:, n:] == 7).all()
 
 
 @pytest.mark.parametrize(("tokens", "heads", "head_dim"), [(256, 16, 72), (64, 2, 64), (192, 3, 40)])

@@ -1,15 +1,17 @@
-// y = epilogue(x W' * scale) for a few hundred rows, FP8 E4M3 on both sides: a tile of 128 rows and NT columns a block.
+// y = epilogue(x W' * scale) for a few hundred rows, bf16 or E4M3 on both sides: a tile of 128 rows and NT columns a
+// block.
 //
 // One wave of blocks (the plan picks NT for it); the first STAGES tiles of W are on their way before the kernel in front
 // has ended. One warp starts the copies, two warpgroups multiply. With a long K the L2's rate is the bound: then CM x CN
 // blocks of a cluster read each tile once; the CN blocks of a row tile each fetch a part of it for all of them, and so
 // do the CM blocks of a column tile.
 //
-// Macros: NT, STAGES, CM, CN, BIAS, GELU (then the result is E4M3), PDL. wgmma_common.cu comes first, and before it
-// ``product`` for NT (fp8_product.py).
+// Macros: SIZE (bytes of an element of x and W), NT, STAGES, CM, CN, BIAS, GELU, EIGHT (the result is E4M3, not bf16),
+// PDL. wgmma_common.cu comes first, and before it ``product`` for SIZE and NT (hopper_product.py).
 
 #define ROWS 128
-#define KT 128                        // bytes of K a stage
+#define KT 128                        // bytes of K a stage, four products
+#define KE (KT / SIZE)                // values of K a stage
 #define A_BYTES (ROWS * KT)
 #define STAGE_BYTES (A_BYTES + ((NT * KT + 1023) / 1024) * 1024)
 #define CONSUMERS 256
@@ -20,33 +22,38 @@ struct __align__(64) Arguments {
     u8 x[128];         // tensor maps: boxes of ROWS / CN and of NT / CM rows
     u8 w[128];
     const u16* bias;   // bf16 [columns], where BIAS
-    void* out;         // bf16 [rows, columns], or e4m3 where GELU
+    void* out;         // bf16 [rows, columns], or e4m3 where EIGHT
     int rows, columns;
+    int pitch;         // from row to row of the result, in its elements
     int chunks;        // stages of K
     float scale;       // of the product
-    float out_inverse; // of the result, where GELU
+    float out_inverse; // of the result's scale, where EIGHT
 };
 
 // This block's part of the tiles of stage ``s``, to every block that needs it.
 __device__ __forceinline__ void fetch_x(const Arguments& a, u32 base, u32 full, int s, int chunk, int row0, int cm, int cn) {
     u32 to = base + s * STAGE_BYTES + cn * (A_BYTES / CN);
-    if (CN == 1) copy_box(to, a.x, chunk * KT, row0, full + 8 * s);
-    else copy_box_to(to, a.x, chunk * KT, row0 + cn * (ROWS / CN), full + 8 * s, (u16)((1 | 1 << CM) << cm));
+    if (CN == 1) copy_box(to, a.x, chunk * KE, row0, full + 8 * s);
+    else copy_box_to(to, a.x, chunk * KE, row0 + cn * (ROWS / CN), full + 8 * s, (u16)((1 | 1 << CM) << cm));
 }
 __device__ __forceinline__ void fetch_w(const Arguments& a, u32 base, u32 full, int s, int chunk, int column0, int cm, int cn) {
     u32 to = base + s * STAGE_BYTES + A_BYTES + cm * (NT * KT / CM);
-    if (CM == 1) copy_box(to, a.w, chunk * KT, column0, full + 8 * s);
-    else copy_box_to(to, a.w, chunk * KT, column0 + cm * (NT / CM), full + 8 * s, (u16)(3 << CM * cn));
+    if (CM == 1) copy_box(to, a.w, chunk * KE, column0, full + 8 * s);
+    else copy_box_to(to, a.w, chunk * KE, column0 + cm * (NT / CM), full + 8 * s, (u16)(3 << CM * cn));
 }
 
 __device__ __forceinline__ float gelu_tanh_of(float x) {
+#if EIGHT
     float t, inner = x * (0.7978845608028654f + 0.035677408136300125f * x * x), half = 0.5f * x;
     asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(inner));  // 2^-11: FP8 keeps 2^-4
     return half + half * t;
+#else
+    return geglu(x, 1.0f);
+#endif
 }
 
 extern "C" __global__ __launch_bounds__(CONSUMERS + 32, 1) __cluster_dims__(BLOCKS, 1, 1)
-void fp8_product(const __grid_constant__ Arguments a) {
+void hopper_product(const __grid_constant__ Arguments a) {
     extern __shared__ u8 memory[];
     __shared__ u64 barriers[2 * STAGES];
 #if BIAS
@@ -143,11 +150,13 @@ void fp8_product(const __grid_constant__ Arguments a) {
             float4 add = *(const float4*)(bias + c);
             y.x += add.x, y.y += add.y, y.z += add.z, y.w += add.w;
 #endif
-            long long place = (long long)(row0 + r) * a.columns + column0 + c;
 #if GELU
+            y.x = gelu_tanh_of(y.x), y.y = gelu_tanh_of(y.y), y.z = gelu_tanh_of(y.z), y.w = gelu_tanh_of(y.w);
+#endif
+            long long place = (long long)(row0 + r) * a.pitch + column0 + c;
+#if EIGHT
             float f = a.out_inverse;
-            *(u32*)((u8*)a.out + place) =
-                pack_e4m3(gelu_tanh_of(y.x) * f, gelu_tanh_of(y.y) * f, gelu_tanh_of(y.z) * f, gelu_tanh_of(y.w) * f);
+            *(u32*)((u8*)a.out + place) = pack_e4m3(y.x * f, y.y * f, y.z * f, y.w * f);
 #else
             *(uint2*)((u16*)a.out + place) = make_uint2(pack_bf16(y.x, y.y), pack_bf16(y.z, y.w));
 #endif
