@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from hybrid_policy.kernels import fp8_product as fp8
 from hybrid_policy.kernels import geglu_rows, norm, qkv
+from hybrid_policy.kernels import hopper_product as hopper
 from hybrid_policy.kernels import vision_attention as vision
 from hybrid_policy.kernels.attention import Attention, AttentionPlan, attention_reference
 from hybrid_policy.kernels.prefix_attention import PrefixAttention
@@ -68,7 +68,7 @@ def guarded(function, *args) -> None:
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """‖a − b‖ / ‖b‖."""
-    return float((a.float() - b.float()).norm() / b.float().norm())
+    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def check_attention(rows: int, capacity: int) -> None:
@@ -141,10 +141,10 @@ def geglu(rows: int) -> None:
 
 
 def vision_product(rows: int, name: str, n: int, k: int) -> None:
-    """One product in bf16 and FP8, six layers' weights in turn."""
+    """One product by the library in bf16 and FP8, as many layers' weights in turn as L2 does not hold."""
     one = torch.ones((), device=DEVICE)
     x = torch.randn(rows, k, device=DEVICE, dtype=BF16)
-    ws = [torch.randn(n, k, device=DEVICE, dtype=BF16) * k**-0.5 for _ in range(6)]
+    ws = [torch.randn(n, k, device=DEVICE, dtype=BF16) * k**-0.5 for _ in range(layers(n * k * 2))]
     x8, w8 = x.to(FP8), [w.to(FP8) for w in ws]
     bias = torch.randn(n, device=DEVICE, dtype=BF16) if name in ("qkv", "fc1") else None
 
@@ -156,34 +156,46 @@ def vision_product(rows: int, name: str, n: int, k: int) -> None:
         bf16 = [lambda w=w: torch._addmm_activation(bias, x, w.t(), use_gelu=True) for w in ws]
     else:
         bf16 = [lambda w=w: F.linear(x, w, bias) for w in ws]
-    note(f"vision {name} bf16", shape, chain(*bf16))
+    note(f"vision {name} bf16", shape, chain(*bf16, launches=len(ws)))
     error = relative(eight(w8[0]), F.linear(x8.float(), w8[0].float(), None if bias is None else bias.float()))
-    note(f"vision {name} FP8", shape, chain(*(lambda w=w: eight(w) for w in w8)), error)
+    note(f"vision {name} FP8", shape, chain(*(lambda w=w: eight(w) for w in w8), launches=len(ws)), error)
 
 
-def own_product(rows: int, name: str, n: int, k: int) -> None:
-    """fp8_product.cu: the plan, and others near it; fc1 with its GELU, against float32."""
-    x8 = torch.randn(rows, k, device=DEVICE).to(FP8)
-    w8 = [(torch.randn(n, k, device=DEVICE) * 8).to(FP8) for _ in range(6)]
-    scale = k**-0.5 / 8
+def layers(nbytes: int) -> int:
+    """How many weights of ``nbytes`` are more than twice an L2 cache of 50 MB, 12 to 48."""
+    return min(48, max(12, -(-110_000_000 // nbytes)))
+
+
+def own_product(rows: int, name: str, n: int, k: int, dtype: torch.dtype) -> None:
+    """hopper_product.cu: the plan, and others near it; fc1 with its GELU, against float64."""
+    size, eight = dtype.itemsize, dtype == FP8
+    x = torch.randn(rows, k, device=DEVICE).to(dtype)
+    ws = [(torch.randn(n, k, device=DEVICE) * (8 if eight else k**-0.5)).to(dtype) for _ in range(layers(n * k * size))]
+    scale = k**-0.5 / 8 if eight else 1.0
     bias = torch.randn(n, device=DEVICE, dtype=BF16) if name in ("qkv", "fc1") else None
-    expected = x8.float() @ w8[0].float().T * scale + (0 if bias is None else bias.float())
-    gelu = 0.02 if name == "fc1" else None
-    if gelu is not None:
-        expected = F.gelu(expected, approximate="tanh").div(gelu).clamp(-448, 448)
-    plan = fp8.plan_product(rows, n, k)
-    plans = [plan, fp8.make_plan(plan.nt // 16 * 16, 2, 2, k), fp8.make_plan(plan.nt + 16, plan.cm, plan.cn, k)]
+    expected = x.double() @ ws[0].double().T * scale + (0 if bias is None else bias.double())
+    gelu = name == "fc1"
+    out_scale = 0.02 if gelu and eight else None
+    if gelu:
+        expected = F.gelu(expected, approximate="tanh")
+    plan = hopper.plan_product(rows, n, k * size)
+    plans = [plan, *(hopper.make_plan(plan.nt, cm, cn, k * size) for cm, cn in ((1, 1), (2, 1), (2, 2)))]
+    plans += [hopper.make_plan(nt, plan.cm, plan.cn, k * size) for nt in (plan.nt - 16, plan.nt + 16) if nt >= 32]
     for each in dict.fromkeys(plans):
 
         def call(w, each=each):
-            return fp8.fp8_product(x8, w, scale, bias=bias, gelu_scale=gelu, pdl=True, plan=each)
+            return hopper.hopper_product(
+                x, w, scale, bias=bias, gelu=gelu, out_scale=out_scale, pdl=True, plan=each
+            )  # fmt: skip
 
-        error = relative(call(w8[0]), expected)
-        again = all(torch.equal(call(w8[0]).view(torch.uint8), call(w8[0]).view(torch.uint8)) for _ in range(3))
+        error = relative(call(ws[0]).double() * (out_scale or 1.0), expected)
+        again = all(torch.equal(call(ws[0]).view(torch.uint8), call(ws[0]).view(torch.uint8)) for _ in range(3))
         mark = "*" if each == plan else ""
         mark += "" if again else " DIFFERS"
-        text = f"vision {name} wgmma {each.nt}, {each.cm}x{each.cn}, {each.stages} stages{mark}"
-        note(text, f"{rows}x{n}x{k}", chain(*(lambda w=w, c=call: c(w) for w in w8)), error)
+        form = "FP8" if eight else "bf16"
+        text = f"vision {name} {form} wgmma {each.nt}, {each.cm}x{each.cn}, {each.stages} stages{mark}"
+        calls = [lambda w=w, c=call: c(w) for w in ws]
+        note(text, f"{rows}x{n}x{k}", chain(*calls, launches=len(ws)), error)
 
 
 def own_attention(rows: int) -> None:
@@ -218,10 +230,14 @@ def prefix_product(m: int, name: str, n: int, k: int) -> None:
 
 def vision_layer(rows: int) -> None:
     """The four products of a vision layer in bf16 and FP8, GELU with FP8 output, the norm."""
-    for name, n, k in (("qkv", 3456, 1152), ("out", 1152, 1152), ("fc1", 4304, 1152), ("fc2", 1152, 4304)):
+    features = 4352  # 4304, and zeros up to whole lines (projection.padded_between)
+    for name, n, k in (("qkv", 3456, 1152), ("out", 1152, 1152), ("fc1", features, 1152), ("fc2", 1152, features)):
         if not ONLY_OWN:
             guarded(vision_product, rows, name, n, k)
-        guarded(own_product, rows, name, n, k)
+            if features in (n, k):
+                guarded(vision_product, rows, name, min(n, 4304), min(k, 4304))
+        for dtype in (BF16, FP8):
+            guarded(own_product, rows, name, n, k, dtype)
     guarded(own_attention, rows)
     y = torch.randn(rows, 4304, device=DEVICE, dtype=BF16)
     out = torch.empty(y.shape, device=DEVICE, dtype=FP8)

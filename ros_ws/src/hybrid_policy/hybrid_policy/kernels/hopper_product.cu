@@ -24,7 +24,6 @@ struct __align__(64) Arguments {
     const u16* bias;   // bf16 [columns], where BIAS
     void* out;         // bf16 [rows, columns], or e4m3 where EIGHT
     int rows, columns;
-    int pitch;         // from row to row of the result, in its elements
     int chunks;        // stages of K
     float scale;       // of the product
     float out_inverse; // of the result's scale, where EIGHT
@@ -153,7 +152,7 @@ void hopper_product(const __grid_constant__ Arguments a) {
 #if GELU
             y.x = gelu_tanh_of(y.x), y.y = gelu_tanh_of(y.y), y.z = gelu_tanh_of(y.z), y.w = gelu_tanh_of(y.w);
 #endif
-            long long place = (long long)(row0 + r) * a.pitch + column0 + c;
+            long long place = (long long)(row0 + r) * a.columns + column0 + c;
 #if EIGHT
             float f = a.out_inverse;
             *(u32*)((u8*)a.out + place) = pack_e4m3(y.x * f, y.y * f, y.z * f, y.w * f);

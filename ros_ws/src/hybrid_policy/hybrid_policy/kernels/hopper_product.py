@@ -98,9 +98,9 @@ class _Arguments(ctypes.Structure):
         ("w", ctypes.c_ubyte * 128),
         ("bias", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("rows", "columns", "pitch", "chunks")),
+        *((name, ctypes.c_int) for name in ("rows", "columns", "chunks")),
         *((name, ctypes.c_float) for name in ("scale", "out_inverse")),
-        ("pad", ctypes.c_ubyte * 24),  # to a multiple of 64
+        ("pad", ctypes.c_ubyte * 28),  # to a multiple of 64
     ]
 
 
@@ -134,16 +134,13 @@ def hopper_product(
     bias: Tensor | None = None,
     gelu: bool = False,
     out_scale: float | None = None,
-    out: Tensor | None = None,
     pdl: bool = False,
     plan: ProductPlan | None = None,
 ) -> Tensor:
     """y = x W.T * scale (+ bias), or gelu_tanh of that; in bf16, or E4M3 of y / ``out_scale``.
 
     Args:
-        x: [M, K], weight: [N, K], both bfloat16 or both float8_e4m3fn; whole rows, which may lie apart by any multiple
-            of 16 bytes. bias: bf16 [N].
-        out: where to, [M, N] of whole rows; a new one otherwise.
+        x: [M, K], weight: [N, K], both bfloat16 or both float8_e4m3fn, contiguous. bias: bf16 [N].
         plan: instead of `plan_product`'s.
 
     Returns:
@@ -153,21 +150,19 @@ def hopper_product(
         InputError: shapes or dtypes that do not fit.
     """
     (m, k), n = x.shape, weight.shape[0]
-    if weight.shape[1] != k or x.dtype != weight.dtype or x.dtype not in _TYPES or not (_rows(x) and _rows(weight)):
+    whole = x.is_contiguous() and weight.is_contiguous()
+    if weight.shape[1] != k or x.dtype != weight.dtype or x.dtype not in _TYPES or not whole:
         got = (tuple(x.shape), x.dtype, tuple(weight.shape), weight.dtype)
-        raise InputError.at("hopper_product", "x, weight", got, "bf16 or float8_e4m3fn [M, K] and [N, K], whole rows")
+        raise InputError.at("hopper_product", "x, weight", got, "contiguous bf16 or float8_e4m3fn [M, K] and [N, K]")
     if bias is not None and (bias.shape != (n,) or bias.dtype != torch.bfloat16):
         raise InputError.at("hopper_product", "bias", (tuple(bias.shape), bias.dtype), f"bf16 [{n}]")
     kind = torch.bfloat16 if out_scale is None else torch.float8_e4m3fn
-    if out is None:
-        out = torch.empty(m, n, dtype=kind, device=x.device)
-    elif out.shape != (m, n) or out.dtype != kind or not _rows(out):
-        raise InputError.at("hopper_product", "out", (tuple(out.shape), out.dtype), f"{kind} [{m}, {n}], whole rows")
+    out = torch.empty(m, n, dtype=kind, device=x.device)
     size = x.dtype.itemsize
     plan = plan or plan_product(m, n, k * size, _processors(x.device.index))
     arguments = _Arguments(
         bias=bias.data_ptr() if bias is not None else None, out=out.data_ptr(), rows=m, columns=n,
-        pitch=out.stride(0) if m > 1 else n, chunks=math.ceil(k * size / 128), scale=scale,
+        chunks=math.ceil(k * size / 128), scale=scale,
         out_inverse=1.0 / out_scale if out_scale is not None else 1.0,
     )  # fmt: skip
     ctypes.memmove(arguments.x, tensor_map(x, ROWS // plan.cn), 128)
@@ -175,11 +170,6 @@ def hopper_product(
     kernel = _kernel(plan, size, bias is not None, gelu, out_scale is not None, pdl, torch.cuda.current_device())
     kernel((plan.blocks(m, n), 1), arguments)
     return out
-
-
-def _rows(matrix: Tensor) -> bool:
-    """Whether a row's elements lie side by side, and rows begin at multiples of 16 bytes."""
-    return matrix.stride(1) == 1 and (matrix.shape[0] == 1 or matrix.stride(0) * matrix.dtype.itemsize % 16 == 0)
 
 
 @functools.cache

@@ -14,17 +14,15 @@ _SWIZZLE_128B, _PROMOTE_256B = 3, 3
 
 
 def tensor_map(matrix: torch.Tensor, rows: int) -> bytes:
-    """128 bytes: boxes of ``rows`` rows and 128 bytes of columns of an [M, K] of whole rows, 128-byte swizzle.
+    """128 bytes: boxes of ``rows`` rows and 128 bytes of columns of a contiguous [M, K], 128-byte swizzle.
 
-    What a box reads beyond the matrix is zero. The bytes from row to row must be a multiple of 16.
+    What a box reads beyond the matrix is zero. K's bytes must be a multiple of 16.
     """
-    m, k = matrix.shape
-    pitch = matrix.stride(0) if m > 1 else k
-    return _encode(matrix.data_ptr(), m, k, pitch, matrix.dtype, rows)
+    return _encode(matrix.data_ptr(), matrix.shape[0], matrix.shape[1], matrix.dtype, rows)
 
 
 @functools.lru_cache(maxsize=1024)
-def _encode(address: int, m: int, k: int, pitch: int, dtype: torch.dtype, rows: int) -> bytes:
+def _encode(address: int, m: int, k: int, dtype: torch.dtype, rows: int) -> bytes:
     size = dtype.itemsize
     storage = ctypes.create_string_buffer(128 + 64)
     aligned = (ctypes.addressof(storage) + 63) // 64 * 64
@@ -34,7 +32,7 @@ def _encode(address: int, m: int, k: int, pitch: int, dtype: torch.dtype, rows: 
         2,
         ctypes.c_void_p(address),
         (ctypes.c_uint64 * 2)(k, m),
-        (ctypes.c_uint64 * 1)(pitch * size),
+        (ctypes.c_uint64 * 1)(k * size),
         (ctypes.c_uint32 * 2)(128 // size, rows),
         (ctypes.c_uint32 * 2)(1, 1),
         0,

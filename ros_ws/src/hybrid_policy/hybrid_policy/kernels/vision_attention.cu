@@ -4,7 +4,7 @@
 // A block is GROUPS warpgroups of 64 query rows each, of one head of one view. Queries, keys and values come as they lie in the
 // stacked projection, in pieces of 16 bytes: piece c of row r goes to c * stride + 16 r, which is wgmma's layout
 // without swizzle; the stride's odd 16 bytes keep the pieces of a row in different banks. A head dimension that is no
-// multiple of 16 gets a last piece of zeros, by the same copies.
+// multiple of 16 gets a last piece of zeros.
 //
 // Macros: TOKENS, HEADS, HEAD_DIM, GROUPS, QUANTISE, PDL. wgmma_common.cu comes first, and before it ``scores_step`` and
 // ``values_step`` (vision_attention.py).
@@ -32,18 +32,17 @@ __device__ __forceinline__ u64 plain_operand(u32 address, u32 leading, u32 strid
     return (u64)((address & 0x3ffff) >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32;
 }
 
-// All PADDED pieces of ROWS rows (ROWS * PADDED is a multiple of THREADS); of the last piece where it is none of the
-// head's nothing is read.
 template <int ROWS>
 __device__ __forceinline__ void copy_head(u32 to, const u16* from) {
     constexpr int STRIDE = ROWS * 16 + 16;
 #pragma unroll
-    for (int i = 0; i < ROWS * PADDED / THREADS; i++) {
-        int id = threadIdx.x + i * THREADS, row = id / PADDED, piece = id % PADDED;
-        const u16* source = from + (long long)row * 3 * WIDTH + piece * 8;
-        if (PADDED == PIECES) copy16(to + piece * STRIDE + row * 16, source);
-        else copy16_or_zero(to + piece * STRIDE + row * 16, source, piece < PIECES);
+    for (int i = 0; i < (ROWS * PIECES + THREADS - 1) / THREADS; i++) {
+        int id = threadIdx.x + i * THREADS, row = id / PIECES, piece = id % PIECES;
+        if (ROWS * PIECES % THREADS == 0 || row < ROWS) copy16(to + piece * STRIDE + row * 16, from + (long long)row * 3 * WIDTH + piece * 8);
     }
+    if (PADDED > PIECES)
+        for (int row = threadIdx.x; row < ROWS; row += THREADS)
+            asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to + PIECES * STRIDE + row * 16), "r"(0) : "memory");
 }
 
 template <int LEFT>

@@ -21,7 +21,7 @@ from hybrid_policy.kernels.qkv import FusedQKV
 from hybrid_policy.models.config import GemmaConfig, Pi05Config
 from hybrid_policy.models.pi05 import EXPERT, PREFIX, PROJECTOR, VISION
 from hybrid_policy.runtime.modulations import Modulations, modulations_of
-from hybrid_policy.runtime.projection import Projection
+from hybrid_policy.runtime.projection import Projection, padded_between
 from hybrid_policy.runtime.sites import Packed, dense, pack_sites
 from hybrid_policy.runtime.static_scales import folded, norm_output_scale, product_scale
 
@@ -245,6 +245,7 @@ def _vision_layer(packer: _Packer, source: Source, stem: str) -> VisionLayer:
     seen = None
     if isinstance(out, FP8Tensor):  # what attention gives lies between the values' extremes
         seen = product_scale(dense(qkv[2]), source(heads[2] + ".bias").float(), *norm1)
+    fc1, fc1_bias, fc2 = padded_between(fc1, fc1_bias, fc2)
     layer = VisionLayer(
         norm1=norm1 if scale1 is None else folded(norm1, scale1),
         qkv=Projection(qkv, packer.dtype, torch.cat([source(s + ".bias") for s in heads]), input_scale=scale1),

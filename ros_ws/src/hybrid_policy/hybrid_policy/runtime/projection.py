@@ -109,6 +109,27 @@ class Projection:
         return self._packed.weight_bytes() if self._packed is not None else self._weight.nbytes
 
 
+def padded_between(first: Packed, bias: Tensor, second: Packed) -> tuple[Packed, Tensor, Packed]:
+    """Two products, bf16 or FP8, with zero features between them up to a multiple of 128.
+
+    Zeros stay zeros through a GELU, and rows of what lies between then begin where L2's lines do: with 4304 features,
+    as SigLIP has, a tile's row of 128 bytes is parts of two lines, and the second product takes 1 to 3 µs longer.
+    """
+    extra = -first.shape[0] % 128
+    return _grown(first, extra, 0), F.pad(bias, (0, extra)), _grown(second, 0, extra)
+
+
+def _grown(weight: Packed, rows: int, columns: int) -> Packed:
+    """With rows and columns of zeros behind its own."""
+    if rows == columns == 0 or isinstance(weight, NVFP4Tensor):
+        return weight
+    if not isinstance(weight, FP8Tensor):
+        return F.pad(weight, (0, columns, 0, rows))
+    values = F.pad(weight.values.view(torch.uint8), (0, columns, 0, rows)).view(torch.float8_e4m3fn)
+    scale = weight.scale if weight.scale.ndim == 0 else F.pad(weight.scale, (0, rows), value=1.0)
+    return FP8Tensor(values, scale)
+
+
 def _device(weight: Packed) -> torch.device:
     if isinstance(weight, FP8Tensor):
         return weight.values.device

@@ -21,7 +21,7 @@ from hybrid_policy.kernels.norm import gelu_quantise, quantise_rows
 from hybrid_policy.kernels.qkv import rope_tables
 from hybrid_policy.models.config import Pi05Config
 from hybrid_policy.models.pi05 import EXPERT, PREFIX, VISION
-from hybrid_policy.runtime.projection import Projection
+from hybrid_policy.runtime.projection import Projection, padded_between
 from hybrid_policy.runtime.sites import Packed, ReferenceSite, pack_sites
 
 #: group's kind -> the leaves that one launch serves
@@ -217,13 +217,17 @@ def _call(group: Group, precision: str, layer: int, read: Read, device: torch.de
 def _vision_call(group: Group, packed: Sequence[Packed], x: Tensor) -> Callable[[], object]:
     """The launches of a vision layer's qkv, output, or fc1 and fc2, with made-up biases and scales."""
     device, eight = x.device, isinstance(packed[0], FP8Tensor)
-    sites = [[w] for w in packed] if group.kind == "mlp.fc" else [packed]
+    bias = torch.zeros(group.shape[0], device=device)
+    sites = [packed]
+    if group.kind == "mlp.fc":
+        fc1, bias, fc2 = padded_between(packed[0], bias, packed[1])
+        sites = [[fc1], [fc2]]
     scale = 1.0 if eight else None
     products = [
         Projection(
             site,
             torch.bfloat16,
-            None if i > 0 or group.kind == "self_attn.out" else torch.zeros(group.shape[0], device=device),
+            None if i > 0 or group.kind == "self_attn.out" else bias,
             input_scale=scale,
         )
         for i, site in enumerate(sites)
@@ -238,8 +242,9 @@ def _vision_call(group: Group, packed: Sequence[Packed], x: Tensor) -> Callable[
             return hopper_product.hopper_product(y, *whole, bias=bias, gelu=gelu, out_scale=out_scale, pdl=True)
         if out_scale is None:
             return products[i].gelu(y) if gelu else products[i](y)
-        act = torch.empty(y.shape[0], group.shape[0], dtype=torch.float8_e4m3fn, device=device)
-        gelu_quantise(products[i](y), act, out_scale, pdl=True)
+        h = products[i](y)
+        act = torch.empty(h.shape, dtype=torch.float8_e4m3fn, device=device)
+        gelu_quantise(h, act, out_scale, pdl=True)
         return act
 
     if group.kind != "mlp.fc":
