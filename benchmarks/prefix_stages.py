@@ -178,7 +178,7 @@ def own_product(rows: int, name: str, n: int, k: int, dtype: torch.dtype) -> Non
     out_scale = 0.02 if gelu and eight else None
     if gelu:
         expected = F.gelu(expected, approximate="tanh")
-    plan = hopper.plan_product(rows, n, k * size)
+    plan = hopper.plan_product(rows, n, k, size)
     plans = [plan, *(hopper.make_plan(plan.nt, cm, cn, k * size) for cm, cn in ((1, 1), (2, 1), (2, 2)))]
     plans += [hopper.make_plan(nt, plan.cm, plan.cn, k * size) for nt in (plan.nt - 16, plan.nt + 16) if nt >= 32]
     for each in dict.fromkeys(plans):

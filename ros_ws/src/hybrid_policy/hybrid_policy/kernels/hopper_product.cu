@@ -29,7 +29,8 @@ struct __align__(64) Arguments {
     float out_inverse; // of the result's scale, where EIGHT
 };
 
-// This block's part of the tiles of stage ``s``, to every block that needs it.
+// This block's part of the tiles of stage ``s``, to every block that needs it. A part of W may begin within the eight
+// rows of the swizzle's pattern: the pattern goes by the address in shared memory.
 __device__ __forceinline__ void fetch_x(const Arguments& a, u32 base, u32 full, int s, int chunk, int row0, int cm, int cn) {
     u32 to = base + s * STAGE_BYTES + cn * (A_BYTES / CN);
     if (CN == 1) copy_box(to, a.x, chunk * KE, row0, full + 8 * s);

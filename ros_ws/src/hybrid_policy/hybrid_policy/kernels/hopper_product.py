@@ -52,14 +52,40 @@ def make_plan(nt: int, cm: int, cn: int, k_bytes: int) -> ProductPlan:
     return ProductPlan(nt, cm, cn, min(8, SHARED_LIMIT // _stage_bytes(nt), max(2, math.ceil(k_bytes / 128))))
 
 
-def plan_product(m: int, n: int, k_bytes: int, processors: int = 132) -> ProductPlan:
-    """The tile for an [M, N, K], K in bytes, from what an H100 measured (benchmarks/prefix_stages.py).
+#: (bytes of an element, rows, columns, K) -> what was fastest in the whole vision stage of two and of three views, for
+#: a GPU of 132 multiprocessors. bf16 products that are not here the library does faster, or they were not measured.
+#: FP8's first product leaves shared memory over for the first blocks of attention behind it; none leaves enough for
+#: two of its own blocks where another multiprocessor would have none.
+MEASURED = {
+    (1, 512, 3456, 1152): ProductPlan(112, 1, 1, 4),
+    (1, 512, 1152, 1152): ProductPlan(64, 1, 1, 8),
+    (1, 512, 4352, 1152): ProductPlan(136, 1, 1, 6),
+    (1, 512, 1152, 4352): ProductPlan(40, 1, 1, 8),
+    (1, 768, 3456, 1152): ProductPlan(160, 1, 1, 3),
+    (1, 768, 1152, 1152): ProductPlan(64, 1, 1, 8),
+    (1, 768, 4352, 1152): ProductPlan(200, 2, 1, 5),
+    (1, 768, 1152, 4352): ProductPlan(64, 1, 1, 8),
+    (2, 512, 3456, 1152): ProductPlan(112, 2, 1, 7),
+    (2, 512, 1152, 1152): ProductPlan(64, 1, 1, 8),
+    (2, 512, 4352, 1152): ProductPlan(136, 2, 1, 6),
+    (2, 768, 3456, 1152): ProductPlan(160, 2, 1, 6),
+    (2, 768, 1152, 1152): ProductPlan(64, 1, 1, 8),
+    (2, 768, 4352, 1152): ProductPlan(200, 2, 1, 5),
+    (2, 768, 1152, 4352): ProductPlan(64, 2, 2, 8),
+}
+
+
+def plan_product(m: int, n: int, k: int, size: int, processors: int = 132) -> ProductPlan:
+    """The tile for an [M, N, K] of elements of ``size`` bytes: the measured one, else by what an H100 showed.
 
     With a short K a block's time goes with its columns: the fewest that one wave of blocks covers, from 64, below which
     a block's rows are the larger part of what it reads. With a long K the L2's rate bounds it: clusters of four, which
     leave some of a GPU's multiprocessors over, and the plan with the least of bytes (at 3100 a clock) or products.
     """
-    if k_bytes <= 2048:
+    if processors == 132 and (size, m, n, k) in MEASURED:
+        return MEASURED[size, m, n, k]
+    k_bytes = k * size
+    if k_bytes <= 2304:
         plans = (make_plan(nt, 1, 1, k_bytes) for nt in range(64, 241, 8))
         return min(plans, key=lambda plan: (math.ceil(plan.blocks(m, n) / processors), plan.nt))
     cm, cn = (2 if m > ROWS else 1), 2
@@ -72,6 +98,11 @@ def plan_product(m: int, n: int, k_bytes: int, processors: int = 132) -> Product
         return math.ceil(blocks / room) * (math.ceil(k_bytes / 128) * stage + 8 * plan.nt)
 
     return min((make_plan(nt, cm, cn, k_bytes) for nt in range(32, 241, 16)), key=clocks)
+
+
+def pays(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
+    """Whether to take this and not the library's product: in bf16 where it was measured to be faster."""
+    return dtype != torch.bfloat16 or (2, m, n, k) in MEASURED
 
 
 def product_source(size: int, nt: int) -> str:
@@ -107,11 +138,6 @@ class _Arguments(ctypes.Structure):
 def fits(capability: tuple[int, int], n: int, k: int) -> bool:
     """Whether hopper_product.cu takes an [N, K] there: Hopper, whole 16-byte rows of FP8."""
     return capability == (9, 0) and k % 16 == 0 and n % 8 == 0
-
-
-def pays(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
-    """Whether this beats the library's product (benchmarks/prefix_stages.py)."""
-    return True
 
 
 @functools.cache
@@ -159,7 +185,7 @@ def hopper_product(
     kind = torch.bfloat16 if out_scale is None else torch.float8_e4m3fn
     out = torch.empty(m, n, dtype=kind, device=x.device)
     size = x.dtype.itemsize
-    plan = plan or plan_product(m, n, k * size, _processors(x.device.index))
+    plan = plan or plan_product(m, n, k, size, _processors(x.device.index))
     arguments = _Arguments(
         bias=bias.data_ptr() if bias is not None else None, out=out.data_ptr(), rows=m, columns=n,
         chunks=math.ceil(k * size / 128), scale=scale,

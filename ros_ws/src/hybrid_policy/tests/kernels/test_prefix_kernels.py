@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import geglu_rows, hopper_product, norm, prefix_attention, prefix_inputs, vision_attention
 from hybrid_policy.kernels.attention import attention_reference
+from hybrid_policy.kernels.fp8 import FP8Tensor
 from hybrid_policy.runtime import static_scales
+from hybrid_policy.runtime.projection import padded_between
 
 from .machine_code import compiled, nvcc
 
@@ -138,16 +140,42 @@ def test_geglu_plans():
 
 
 @pytest.mark.parametrize("rows", [32, 256, 512, 560, 768])
-@pytest.mark.parametrize(("n", "k"), [(3456, 1152), (1152, 1152), (4304, 1152), (1152, 4304), (384, 128)])
+@pytest.mark.parametrize(("n", "k"), [(3456, 1152), (1152, 1152), (4352, 1152), (1152, 4352), (1152, 4304), (384, 128)])
 @pytest.mark.parametrize("size", [1, 2])
-def test_product_plans_fit_the_device(rows, n, k, size):
-    plan = hopper_product.plan_product(rows, n, k * size)
-    assert plan.nt % (8 * plan.cm) == 0
+@pytest.mark.parametrize("processors", [132, 114])
+def test_product_plans_fit_the_device(rows, n, k, size, processors):
+    plan = hopper_product.plan_product(rows, n, k, size, processors)
+    assert plan.nt % 8 == 0
+    assert plan.nt % plan.cm == 0
     assert plan.shared + 1200 <= 227 * 1024
     assert 2 <= plan.stages <= 8
-    assert plan.blocks(rows, n) <= 132
+    assert plan.blocks(rows, n) <= processors
     assert plan.blocks(rows, n) % (plan.cm * plan.cn) == 0
     assert plan.blocks(rows, n) * 128 * plan.nt >= rows * n
+
+
+def test_bf16_takes_the_kernel_where_it_was_measured():
+    pays = hopper_product.pays
+    assert pays(torch.bfloat16, 768, 1152, 4352)
+    assert not pays(torch.bfloat16, 512, 1152, 4352)
+    assert not pays(torch.bfloat16, 256, 3456, 1152)
+    assert pays(torch.float8_e4m3fn, 256, 3456, 1152)
+
+
+def test_zeros_between_two_products_change_nothing():
+    first, bias, second = torch.randn(20, 8), torch.randn(20), torch.randn(6, 20)
+    x = torch.randn(5, 8)
+    expected = F.gelu(x @ first.T + bias) @ second.T
+    for scale in (torch.tensor(2.0), torch.rand(20) + 0.5):
+        eight = FP8Tensor(first.to(torch.float8_e4m3fn), scale)
+        grown, wider, last = padded_between(eight, bias, second)
+        assert (grown.shape, wider.shape, last.shape) == ((128, 8), (128,), (6, 128))
+        wide = grown.values.float() * (grown.scale if scale.ndim == 0 else grown.scale[:, None])
+        narrow = eight.values.float() * (scale if scale.ndim == 0 else scale[:, None])
+        ours = F.gelu(x @ wide.T + wider) @ last.T
+        torch.testing.assert_close(ours, F.gelu(x @ narrow.T + bias) @ second.T, atol=1e-4, rtol=1e-4)
+    grown, wider, last = padded_between(first, bias, second)
+    torch.testing.assert_close(F.gelu(x @ grown.T + wider) @ last.T, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_which_vision_attention_fits():
@@ -234,7 +262,7 @@ class TestGeglu:
 
 
 @pytest.mark.parametrize("rows", [37, 512, 768])
-@pytest.mark.parametrize(("n", "k"), [(3456, 1152), (1152, 4304), (4304, 1152), (136, 144)])
+@pytest.mark.parametrize(("n", "k"), [(3456, 1152), (1152, 4352), (4352, 1152), (136, 144)])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
 class TestProduct:
     pytestmark = hopper
@@ -260,8 +288,9 @@ class TestProduct:
     def test_clusters_change_nothing_but_the_order(self, rows, n, k, dtype):
         x, w = ((torch.randn(size, k) * 4).to(dtype) for size in (rows, n))
         expected = x.double() @ w.double().T
-        for cm, cn in ((1, 1), (1, 2), (2, 1), (2, 2)):
-            plan = hopper_product.make_plan(64, cm, cn, k * dtype.itemsize)
+        # half of 72 columns ends within the eight rows of a swizzle's pattern
+        for nt, cm, cn in ((64, 1, 1), (64, 1, 2), (64, 2, 1), (64, 2, 2), (72, 2, 1)):
+            plan = hopper_product.make_plan(nt, cm, cn, k * dtype.itemsize)
             assert relative(hopper_product.hopper_product(x, w, plan=plan), expected) < 5e-3
 
 
