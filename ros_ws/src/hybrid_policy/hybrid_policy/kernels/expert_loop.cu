@@ -8,6 +8,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
     __shared__ float roots[64], own_squares[4][8];
     __shared__ __align__(16) Tables tables;
     __shared__ AttentionMemory attention;
+    __shared__ __align__(16) float actions[8][LANES];  // of this block's tokens
 
     const u32 block = blockIdx.x;
     const bool low = block % 2 == 0;                               // the pair's first block
@@ -39,19 +40,23 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
     wait_for_predecessor();
     const u32 prefix = p.valid[0];  // rows of the cache, and the position of the chunk's first token
 
-    u32 turn = p.turn;
-    u8* mail = p.mail + turn * MAIL;
+    u32 turn = 0;  // which copy of the mail a layer takes
+    u8* mail = p.mail;
     u8* const parcels = p.parcels;
-    if (owns && start.group == 0) {
-        const OwnPlace own(start);
-        const float4 h = own.token < TOKENS ? float4_at(p.h + own.token * WIDTH + own.column) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        stream[start.tid] = h;
-        post_stream(start, h, float4_at(p.vectors + V_FACTOR1 + own.column), mail, M_IN1, M_SQUARES1, own_squares);
-    }
+    if (owns) take_noise(start, p.flow, actions);
 
 #pragma unroll 1
+    for (int step = 0; step < p.steps; step++)
+#pragma unroll 1
     for (int layer = 0; layer < p.layers; layer++) {
-        const float* const vectors = p.vectors + (size_t)layer * V_LAYER;
+        const bool last = layer + 1 == p.layers;
+        const float* const vectors = p.vectors + ((size_t)step * p.layers + layer) * V_LAYER;
+        if (layer == 0 && owns && start.group == 0) {
+            const Place at;
+            const float4 h = project_actions(at, p.flow, actions);
+            stream[at.tid] = h;
+            post_stream(at, h, float4_at(vectors + V_FACTOR1 + OwnPlace(at).column), mail, M_IN1, M_SQUARES1, own_squares);
+        }
         const float* const row_scale = p.row_scale + (size_t)layer * R_LAYER;
         const u32 phase = turn % 2;
         const size_t cache = (size_t)layer * p.capacity * HEAD_DIM;
@@ -65,7 +70,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                 copies_commit();
                 continue;
             }
-            const bool in_pair = stage == QKV || stage == GATE_UP, last = layer + 1 == p.layers;
+            const bool in_pair = stage == QKV || stage == GATE_UP;
             const u32 first_row = stage == QKV ? at.pair * 64 : stage == GATE_UP ? at.pair * 128 : at.tile * 64;
             tables.fetch(
                 at, row_scale + (stage == QKV ? R_QKV : stage == OUT ? R_O : stage == GATE_UP ? R_GATE_UP : R_DOWN) + first_row,
@@ -81,6 +86,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                     block_barrier();  // values are read: partial sums may take their place
                 }
             }
+            if (last && owns && stage == GATE_UP) prefetch_projections(at, p.flow);
             MARK(stage == QKV ? 0 : 4 * stage + 1);
 
             const int format = stage == QKV ? FORMAT_QKV : stage == OUT ? FORMAT_O : stage == GATE_UP ? FORMAT_GATE_UP : FORMAT_DOWN;
@@ -208,7 +214,6 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                     mail = p.mail + turn * MAIL;
                 }
                 if (owns && at.group == 0) {
-                    const OwnPlace own(at);
                     const float4 third = float4_at(tables.third + local_row);
                     const float4 v = four_rows(sum_of_parts(at, sums_at, phase), at.odd);
                     if (stage == OUT) MARK(27);
@@ -218,14 +223,13 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                     stream[at.tid] = h;
                     if (stage == OUT || !last)
                         post_stream(at, h, third, mail, stage == OUT ? M_IN2 : M_IN1, stage == OUT ? M_SQUARES2 : M_SQUARES1, own_squares);
-                    else if (own.token < TOKENS)
-                        *reinterpret_cast<float4*>(p.h + own.token * WIDTH + own.column) = h;
                 }
                 if (stage == DOWN) block_barrier();  // the scratch is read: values may take its place
             }
             if (stage == QKV) MARK(3);
             if (stage == GATE_UP) MARK(12);
         }
+        if (last && owns) euler_step(p.flow, p.eps, parcels, step, step + 1 == p.steps, stream, *reinterpret_cast<Scaled*>(memory + A_SUMS), own_squares, actions);
     }
     let_dependents_start();
 }
