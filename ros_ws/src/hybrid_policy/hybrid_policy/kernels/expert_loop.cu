@@ -1,9 +1,7 @@
 // ------------------------------------------------------------------------------------------ the loop kernel itself
 
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS + 32, 1) expert_loop(const Arguments p) {
-    extern __shared__ __align__(1024) u8 memory[];
-    __shared__ u64 ring_barriers[2 * SLOTS];
-    __shared__ u64 sum_barrier;
+// By the workers
+__device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 base, Ring ring, u32 pair_barrier) {
     __shared__ float4 stream[128];  // the residual stream of this block's tokens: four columns of one token a thread
     __shared__ float roots[64], own_squares[4][8];
     __shared__ __align__(16) Tables tables;
@@ -15,27 +13,9 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
     const bool projects = block / 2 < QKV_PAIRS;                   // has rows of q, k or v
     const bool attends = block / PARTS * QUERIES < TOKENS * HEADS; // has rows of attention
     const bool owns = block % PARTS < NT;                          // owns tokens of the residual stream
-    u32 base = shared_address(memory);
-    asm volatile("" : "+r"(base));  // held in a register: computing it again reads a slow special one
-    const u32 x = base + A_X;
-    const u32 sums_memory = base + A_SUMS, inbox = base + A_INBOX, pair_barrier = shared_address(&sum_barrier);
+    const u32 x = base + A_X, sums_memory = base + A_SUMS, inbox = base + A_INBOX;
     u32 pair_parity = 0;
-
-    Ring ring;
-    ring.data = base + A_RINGS, ring.barriers = shared_address(ring_barriers);
-    asm volatile("" : "+r"(ring.barriers));
     const Place start;
-    if (start.tid < SLOTS) {
-        barrier_init(ring.barriers + start.tid * 8, 1);
-        barrier_init(ring.barriers + (SLOTS + start.tid) * 8, WORKERS);
-    }
-    if (start.tid == 0) barrier_init(pair_barrier, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-    if (start.warp == WARPS) {
-        if (start.lane == 0) stream_weights(p, ring, projects);
-        return;
-    }
 
     wait_for_predecessor();
     const u32 prefix = p.valid[0];  // rows of the cache, and the position of the chunk's first token
@@ -90,30 +70,46 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
             MARK(stage == QKV ? 0 : 4 * stage + 1);
 
             const int format = stage == QKV ? FORMAT_QKV : stage == OUT ? FORMAT_O : stage == GATE_UP ? FORMAT_GATE_UP : FORMAT_DOWN;
-            // activations: 512 columns a block, 256 for the output projection; each warpgroup brings its share
+            // activations: 512 columns a block, 256 for the output projection; each warpgroup brings its share, in halves: the
+            // second comes while the products with the first are under way
             const u32 input = stage == QKV ? M_IN1 : stage == OUT ? M_SEEN : stage == GATE_UP ? M_IN2 : M_ACT;
-            const u32 blocks = stage == OUT ? 2 : 4, width = stage == OUT ? HEADS * HEAD_DIM : stage == DOWN ? FEATURES : WIDTH;
+            const u32 halves = stage == OUT ? 1 : 2, width = stage == OUT ? HEADS * HEAD_DIM : stage == DOWN ? FEATURES : WIDTH;
             const u32 part = in_pair ? at.part % 2 : at.part;
-            const u32 mine = x + at.group * blocks * (MT * 128);
-            const u8* const activations = mail + input + (part * GROUPS + at.group) * blocks * 128;
+            // of 64 columns, from one half to the next; and a warpgroup's first: in gate/up they share columns
+            const u32 apart = stage == OUT ? 1 : stage == GATE_UP ? 4 : 2, first_block = at.group * (stage == GATE_UP ? 2 : 2 * halves);
+            const u8* const activations = mail + input + (part * (4 * halves) + first_block) * 128;
             const u8* const squares_at = mail + (stage == QKV ? M_SQUARES1 : M_SQUARES2);
+            const u32 place = at.tid % 128, blocks_at = x + first_block * (MT * 128);
             Squares squares;
             Words words;  // of the first piece: they wait for the activations, not the other way round
             words.read(ring, at.warp, at.lane, format == 2);
-            await_tokens(activations, at.tid % 128, at.group, blocks, width * 2);
+            await_tokens(activations, place, at.group, apart * 128, width * 2);
             if (in_pair) squares.ask(at, squares_at);
-            take_tokens(mine, activations, at.tid % 128, blocks, width * 2);
-            if (stage == GATE_UP) block_barrier(); else group_barrier(at.group);
-            MARK(stage == QKV ? 1 : 4 * stage + 2);
+            Taken taken;
+            taken.ask(activations, place, width * 2);
             float d[4 * NT];
-            const u32 pieces = stage == QKV ? N_QKV : stage == OUT ? N_O : stage == GATE_UP ? N_GATE_UP : N_DOWN;
-            const u32 operand = stage == GATE_UP ? x : mine;  // there warpgroups share columns
-            if (HAS_FORMAT(2) && format == 2)
-                product<2>(d, words, ring, operand, pieces, at.warp, at.lane);
-            else if (HAS_FORMAT(1) && (format == 1 || !HAS_FORMAT(0)))
-                product<1>(d, words, ring, operand, pieces, at.warp, at.lane);
-            else
-                product<HAS_FORMAT(0) ? 0 : HAS_FORMAT(1) ? 1 : 2>(d, words, ring, operand, pieces, at.warp, at.lane);
+#pragma unroll
+            for (int i = 0; i < 4 * NT; i++) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i]));  // here, not long before
+            const u32 all = stage == QKV ? N_QKV : stage == OUT ? N_O : stage == GATE_UP ? N_GATE_UP : N_DOWN;
+            const u32 pieces = halves == 2 && all % 2 == 0 ? all / 2 : all;  // a single piece needs both halves
+            const u32 operand = stage == GATE_UP ? x : blocks_at;
+#pragma unroll 1
+            for (u32 half = 0;;) {
+                taken.keep(blocks_at + half * apart * (MT * 128), activations + half * apart * 128, place, width * 2);
+                const bool last_half = ++half == halves;
+                if (!last_half) taken.ask(activations + apart * 128, place, width * 2);
+                if (!last_half && pieces == all) continue;
+                if (stage == GATE_UP) block_barrier(); else group_barrier(at.group);
+                if (half == 1) MARK(stage == QKV ? 1 : 4 * stage + 2);
+                const u32 from = operand + (pieces == all ? 0 : half - 1) * apart * (MT * 128);
+                if (HAS_FORMAT(2) && format == 2)
+                    product<2>(d, words, ring, from, pieces, last_half, at.warp, at.lane);
+                else if (HAS_FORMAT(1) && (format == 1 || !HAS_FORMAT(0)))
+                    product<1>(d, words, ring, from, pieces, last_half, at.warp, at.lane);
+                else
+                    product<HAS_FORMAT(0) ? 0 : HAS_FORMAT(1) ? 1 : 2>(d, words, ring, from, pieces, last_half, at.warp, at.lane);
+                if (last_half) break;
+            }
             MARK(stage == QKV ? 2 : stage == DOWN ? 26 : 4 * stage + 3);
 
             const u32 row_tiles = stage == GATE_UP ? 8 : 4, row_tile = at.warp % row_tiles, local_row = row_tile * 16 + at.g / 2 * 4;
@@ -231,5 +227,31 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
         }
         if (last && owns) euler_step(p.flow, p.eps, parcels, step, step + 1 == p.steps, stream, *reinterpret_cast<Scaled*>(memory + A_SUMS), own_squares, actions);
     }
-    let_dependents_start();
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS + 128, 1) expert_loop(const Arguments p) {
+    extern __shared__ __align__(1024) u8 memory[];
+    __shared__ u64 ring_barriers[2 * SLOTS];
+    __shared__ u64 sum_barrier;
+    u32 base = shared_address(memory);
+    asm volatile("" : "+r"(base));  // held in a register: computing it again reads a slow special one
+    const u32 pair_barrier = shared_address(&sum_barrier);
+    Ring ring;
+    ring.data = base + A_RINGS, ring.barriers = shared_address(ring_barriers);
+    asm volatile("" : "+r"(ring.barriers));
+    if (threadIdx.x < SLOTS) {
+        barrier_init(ring.barriers + threadIdx.x * 8, 1);
+        barrier_init(ring.barriers + (SLOTS + threadIdx.x) * 8, WORKERS);
+    }
+    if (threadIdx.x == 0) barrier_init(pair_barrier, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    if (__shfl_sync(0xffffffffu, threadIdx.x / 128, 0) == GROUPS) {
+        fewer_registers<40>();
+        if (threadIdx.x == WORKERS) stream_weights(p, ring, blockIdx.x / 2 < QKV_PAIRS);
+    } else {
+        more_registers<232>();
+        all_steps(p, memory, base, ring, pair_barrier);
+    }
+    let_dependents_start();  // here, or the compiler gives the workers no more registers than they began with
 }

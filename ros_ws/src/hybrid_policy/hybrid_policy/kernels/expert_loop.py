@@ -179,7 +179,7 @@ class ExpertLoop:
         macros |= {f"FORMAT_{name.upper()}": expert.FORMATS[fmt] for name, fmt in formats.items()}
         self._kernel = Kernel(
             SOURCES, "expert_loop", macros | {"PDL": int(pdl), "TRACE": int(trace)},
-            threads=WARPS * 32 + 32,
+            threads=WARPS * 32 + 128,
              shared=plan.shared(), pdl=pdl, specific=True,
         )  # fmt: skip
         room, pairs = self._kernel.active_clusters((blocks, 1), 2), blocks // 2
