@@ -246,8 +246,7 @@ struct Words {
 };
 
 // d += W x over ``pieces`` of the ring, of which ``words`` has the first, and has the next one then, unless they are the stage's
-// last; x: shared address of the first block of 64 columns. Products under way read their registers, which the compiler
-// does not know beyond a branch: these are held until the products are done. Nothing is under way from piece to piece: else the compiler moves the sums elsewhere behind the loop before they are
+// last; x: shared address of the first block of 64 columns. Nothing is under way from piece to piece: else the compiler moves the sums elsewhere behind the loop before they are
 // there.
 template <int FORMAT>
 __device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& ring, u32 x, u32 pieces, bool last, u32 warp, u32 lane) {
@@ -281,8 +280,7 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& 
         if (more || !last) words.read(ring, warp, lane, FORMAT == 2);  // while the products are under way
         products_wait<0>();
         pin(d);
-#pragma unroll
-        for (int k = 0; k < 2 * BATCH * 4; k++) asm volatile("" ::"r"((&operands[0][0][0])[k]));
+        hold(operands);
         if (!more) break;
     }
 }
