@@ -59,7 +59,7 @@ __device__ __forceinline__ void attend(
             for (int j = 0; j < TURNS; j++) top = max(top, top_of(v[j]));
             if (own) top = max(top, max(top_of(key), top_of(value)));
             if (top != EMPTY) break;
-                if (tries > PATIENCE) __trap();
+                if (tries > PATIENCE) give_up();
         }
 #pragma unroll
         for (int j = 0; j < TURNS; j++) store_shared4(q_to + (warp + j * WARPS) * PITCH + lane * 16, v[j]);
@@ -84,7 +84,11 @@ __device__ __forceinline__ void attend(
     if (warp * 16 < count) {  // scores: this warp's 16 keys against all rows
         const u32 q_base = q_to + (lane % 16) * PITCH + (lane / 16) * 16;
         const u32 k_base = k_to + (warp * 16 + (lane / 16) * 8 + lane % 8) * PITCH + ((lane / 8) % 2) * 16;
-#pragma unroll 4
+#ifndef UNROLL
+#define UNROLL 4
+#endif
+        constexpr int AHEAD = UNROLL;
+#pragma unroll AHEAD
         for (int k = 0; k < HEAD_DIM / 16; k++) {
             u32 a[4], b[4];
             ldmatrix4(b, k_base + k * 32);
@@ -190,14 +194,17 @@ __device__ __forceinline__ void attend(
     uint2 stats[PARTS], parts[PARTS];
     await_parcel(incoming - lane * 8 + lane % PARTS * 2048, phase);
     MARK(18);
+    u32 missing = (1 << PARTS) - 1;
     for (u32 tries = 0;; tries++) {
-        u32 top_word = 0, missing = 0;
 #pragma unroll
-        for (int c = 0; c < PARTS; c++) stats[c] = peek2(tops_at + c * (QUERIES * 8)), parts[c] = peek2(incoming + c * 2048);
+        for (int c = 0; c < PARTS; c++)
+            if (missing >> c & 1) stats[c] = peek2(tops_at + c * (QUERIES * 8)), parts[c] = peek2(incoming + c * 2048);
+        u32 bad = 0;
 #pragma unroll
-        for (int c = 0; c < PARTS; c++) top_word = max(top_word, top_of(stats[c])), missing |= parts[c].x ^ phase;
-        if (top_word != EMPTY && !(missing & 1)) break;
-        if (tries > PATIENCE) __trap();
+        for (int c = 0; c < PARTS; c++) bad |= (top_of(stats[c]) == EMPTY || (parts[c].x ^ phase) & 1) << c;
+        missing = any_lane(bad);
+        if (!missing) break;
+        if (tries > PATIENCE) give_up();
     }
     MARK(19);
     float best = MINUS_INFINITY;

@@ -72,7 +72,7 @@ __device__ __forceinline__ void euler_step(
 #pragma unroll
             for (int i = 0; i < TILES; i++) missing |= v[i] ^ phase;
             if (!(missing & 1)) break;
-            if (tries > PATIENCE) __trap();
+            if (tries > PATIENCE) give_up();
         }
         float sum = __uint_as_float(w);  // of all tiles, twice over in a warp
 #pragma unroll

@@ -188,7 +188,7 @@ struct Squares {
         if (at.warp >= (4 * TOKENS + 31) / 32) return;
         for (u32 tries = 0; top_of(v) == EMPTY; tries++) {
             ask(at, from);
-            if (tries > PATIENCE) __trap();
+            if (tries > PATIENCE) give_up();
         }
         const float sum = quad_sum(__uint_as_float(v.x) + __uint_as_float(v.y) + __uint_as_float(v.z) + __uint_as_float(v.w));
         if (at.t == 0) roots[min(at.tid / 4, (u32)TOKENS - 1)] = rsqrtf(sum / WIDTH + eps);
@@ -234,14 +234,17 @@ __device__ __forceinline__ float4 sum_of_parts(const Place& at, const u8* parcel
     const u8* const box = parcels + ((at.tile * NT + at.part) * (PARTS * 2048) + at.tid % 128 * 16);
     await_parcel(box - at.lane * 16 + at.lane % PARTS * 2048, phase);
     uint4 v[PARTS];
+    u32 missing = (1 << PARTS) - 1;
     for (u32 tries = 0;; tries++) {
-        u32 missing = 0;
 #pragma unroll
-        for (int i = 0; i < PARTS; i++) v[i] = peek4(box + i * 2048);
+        for (int i = 0; i < PARTS; i++)
+            if (missing >> i & 1) v[i] = peek4(box + i * 2048);
+        u32 bad = 0;
 #pragma unroll
-        for (int i = 0; i < PARTS; i++) missing |= (v[i].x ^ phase) | (v[i].y ^ phase) | (v[i].z ^ phase) | (v[i].w ^ phase);
-        if (!(missing & 1)) break;
-        if (tries > PATIENCE) __trap();
+        for (int i = 0; i < PARTS; i++) bad |= (((v[i].x ^ phase) | (v[i].y ^ phase) | (v[i].z ^ phase) | (v[i].w ^ phase)) & 1) << i;
+        missing = any_lane(bad);
+        if (!missing) break;
+        if (tries > PATIENCE) give_up();
     }
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll

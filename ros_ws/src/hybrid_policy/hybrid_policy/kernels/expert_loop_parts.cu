@@ -9,13 +9,17 @@ constexpr int GROUPS = 2, WARPS = 4 * GROUPS, WORKERS = 32 * WARPS;  // warpgrou
 constexpr u32 EMPTY = 0xffffffffu;     // a word of mail that nobody has written: no product, no NaN of the hardware's has it
 constexpr u32 PATIENCE = 1u << 23;     // polls before a wait is called a hang (seconds)
 
+// A store to nowhere ends the launch with an error. (A trap is a way out of the kernel, and with one among the workers the
+// compiler gives them no more registers than they began with, whatever setmaxnreg says.)
+__device__ __forceinline__ void give_up() { asm volatile("st.global.u32 [%0], %1;" ::"l"(0ull), "r"(0) : "memory"); }
+
 __device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 
 // ---- barriers that count bytes
 
 __device__ __forceinline__ void wait_bytes(u32 barrier, u32 parity) {
     for (u32 tries = 0; !passed(barrier, parity); tries++)
-        if (tries > PATIENCE) __trap();
+        if (tries > PATIENCE) give_up();
 }
 
 // ---- weights: one bulk copy brings the next piece of all warps, in the order of their use, as soon as the last of
@@ -91,7 +95,7 @@ __device__ __forceinline__ u32 top_of(const uint2& v) { return max(v.x, v.y); }
 // the posts they wait for)
 __device__ __forceinline__ void await_word(const void* from) {
     for (u32 tries = 0; peek(from) == EMPTY; tries++)
-        if (tries > PATIENCE) __trap();
+        if (tries > PATIENCE) give_up();
     __syncwarp();
 }
 
@@ -121,11 +125,18 @@ __device__ __forceinline__ void post_bf16_parcel(void* to, const float (&v)[4], 
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"((u64)high << 32 | low) : "memory");
 }
 
-// a lane's word; see await_word
+#ifndef GATE
+#define GATE 8
+#endif
+// a lane's word, of eight sources; until most of them are there
 __device__ __forceinline__ void await_parcel(const void* from, u32 phase) {
-    for (u32 tries = 0; (peek(from) ^ phase) & 1; tries++)
-        if (tries > PATIENCE) __trap();
-    __syncwarp();
+    for (u32 tries = 0; __popc(__ballot_sync(0xffffffffu, !((peek(from) ^ phase) & 1)) & 0xff) < GATE; tries++)
+        if (tries > PATIENCE) give_up();
+}
+__device__ __forceinline__ u32 any_lane(u32 bits) {
+    u32 v;
+    asm volatile("redux.sync.or.b32 %0, %1, 0xffffffff;" : "=r"(v) : "r"(bits));
+    return v;
 }
 
 __device__ __forceinline__ uint2 peek2(const void* from) {
@@ -169,7 +180,7 @@ struct Taken {  // a lane's share of two blocks, on its way: products run while 
 #pragma unroll
                 for (int j = 0; j < TURNS; j++) top = max(top, top_of(v[b][j]));
             if (top != EMPTY) break;
-            if (tries > PATIENCE) __trap();
+            if (tries > PATIENCE) give_up();
             ask(from, t, stride);
         }
         const u32 piece = t % 8, first = t / 8;
