@@ -87,10 +87,6 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             if (in_pair) squares.ask(at, squares_at);
             Taken taken;
             taken.ask(activations, place, width * 2);
-#if BOTH
-            Taken second_half;
-            if (halves == 2) second_half.ask(activations + apart * 128, place, width * 2);
-#endif
             float d[4 * NT];
 #pragma unroll
             for (int i = 0; i < 4 * NT; i++) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i]));  // here, not long before
@@ -101,11 +97,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             for (u32 half = 0;;) {
                 taken.keep(blocks_at + half * apart * (MT * 128), activations + half * apart * 128, place, width * 2);
                 const bool last_half = ++half == halves;
-#if BOTH
-                if (!last_half) taken = second_half;
-#else
                 if (!last_half) taken.ask(activations + apart * 128, place, width * 2);
-#endif
                 if (!last_half && pieces == all) continue;
                 if (stage == GATE_UP) block_barrier(); else group_barrier(at.group);
                 if (half == 1) MARK(stage == QKV ? 1 : 4 * stage + 2);
@@ -255,10 +247,10 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
     if (__shfl_sync(0xffffffffu, threadIdx.x / 128, 0) == GROUPS) {
-        fewer_registers<40>();
+        fewer_registers<32>();
         if (threadIdx.x == WORKERS) stream_weights(p, ring, blockIdx.x / 2 < QKV_PAIRS);
     } else {
-        more_registers<232>();
+        more_registers<240>();
         all_steps(p, memory, base, ring, pair_barrier);
     }
     let_dependents_start();

@@ -99,6 +99,9 @@ __device__ __forceinline__ void stream_weights(const Arguments& p, Ring ring, bo
     u64 policy;  // weights pass once a step: they shall not push keys and vectors out of L2
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     const u32 all = (projects ? LONG : TAIL) * p.layers;
+#if AHEAD
+    const u8* const end = next + all;
+#endif
 #pragma unroll 1
     for (int layers = p.layers * p.steps, layer = 0; layer < layers; layer++) {
         if (layer % p.layers == 0 && layer > 0) next -= all;
@@ -107,7 +110,13 @@ __device__ __forceinline__ void stream_weights(const Arguments& p, Ring ring, bo
             const u32 size = WARPS * (stage == QKV ? Piece<FORMAT_QKV>::BYTES : stage == OUT ? Piece<FORMAT_O>::BYTES : stage == GATE_UP ? Piece<FORMAT_GATE_UP>::BYTES : Piece<FORMAT_DOWN>::BYTES);
             const u32 pieces = stage == QKV ? N_QKV : stage == OUT ? N_O : stage == GATE_UP ? N_GATE_UP : N_DOWN;
 #pragma unroll 1
-            for (u32 piece = 0; piece < pieces; piece++, next += size) ring.ask(next, size, policy);
+            for (u32 piece = 0; piece < pieces; piece++, next += size) {
+                ring.ask(next, size, policy);
+#if AHEAD
+                const u8* const later = next + AHEAD * 1024;
+                Ring::prefetch(later < end ? later : later - all, size);
+#endif
+            }
         }
     }
 }

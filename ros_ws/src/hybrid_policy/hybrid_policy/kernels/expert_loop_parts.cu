@@ -45,6 +45,10 @@ struct Ring {
     __device__ __forceinline__ void advance() {
         if (++slot == SLOTS) slot = 0, parity ^= 1;
     }
+    // the asking thread's: into L2, long before it is asked for
+    __device__ __forceinline__ static void prefetch(const u8* from, u32 size) {
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(size) : "memory");
+    }
     // by one thread: ask for the next piece, once its slot is empty
     __device__ __forceinline__ void ask(const u8* from, u32 size, u64 policy) {
         wait_bytes(empty(), parity ^ 1);
@@ -99,6 +103,12 @@ __device__ __forceinline__ void await_word(const void* from) {
     __syncwarp();
 }
 
+__device__ __forceinline__ u32 any_lane(u32 bits) {
+    u32 v;
+    asm volatile("redux.sync.or.b32 %0, %1, 0xffffffff;" : "=r"(v) : "r"(bits));
+    return v;
+}
+
 __device__ __forceinline__ void post(void* to, u32 value) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
@@ -125,18 +135,10 @@ __device__ __forceinline__ void post_bf16_parcel(void* to, const float (&v)[4], 
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"((u64)high << 32 | low) : "memory");
 }
 
-#ifndef GATE
-#define GATE 8
-#endif
-// a lane's word, of eight sources; until most of them are there
+// a lane's word, of eight sources; until one of them is there (few wait for parcels: what is missing then is asked for again)
 __device__ __forceinline__ void await_parcel(const void* from, u32 phase) {
-    for (u32 tries = 0; __popc(__ballot_sync(0xffffffffu, !((peek(from) ^ phase) & 1)) & 0xff) < GATE; tries++)
+    for (u32 tries = 0; !__any_sync(0xffffffffu, !((peek(from) ^ phase) & 1)); tries++)
         if (tries > PATIENCE) give_up();
-}
-__device__ __forceinline__ u32 any_lane(u32 bits) {
-    u32 v;
-    asm volatile("redux.sync.or.b32 %0, %1, 0xffffffff;" : "=r"(v) : "r"(bits));
-    return v;
 }
 
 __device__ __forceinline__ uint2 peek2(const void* from) {
@@ -161,27 +163,31 @@ struct Taken {  // a lane's share of two blocks, on its way: products run while 
     static constexpr int TURNS = (MT + 15) / 16;  // of sixteen tokens
     uint4 v[2][TURNS];
 
-    __device__ __forceinline__ void ask(const u8* from, u32 t, u32 stride) {
+    // those of ``missing``, a bit each
+    __device__ __forceinline__ void ask(const u8* from, u32 t, u32 stride, u32 missing) {
         const u32 first = t / 8;
         from += first * stride + t % 8 * 16;
 #pragma unroll
         for (int j = 0; j < TURNS; j++) {
             const u32 offset = (j * 16 + 16 <= TOKENS ? j * 16 : min(first + j * 16, (u32)TOKENS - 1) - first) * stride;
 #pragma unroll
-            for (int b = 0; b < 2; b++) v[b][j] = peek4(from + (b * 128 + offset));
+            for (int b = 0; b < 2; b++)
+                if (missing >> (2 * j + b) & 1) v[b][j] = peek4(from + (b * 128 + offset));
         }
     }
+    __device__ __forceinline__ void ask(const u8* from, u32 t, u32 stride) { ask(from, t, stride, ~0u); }
 
     __device__ __forceinline__ void keep(u32 to, const u8* from, u32 t, u32 stride) {
         for (u32 tries = 0;; tries++) {
-            u32 top = 0;
+            u32 bad = 0;
 #pragma unroll
             for (int b = 0; b < 2; b++)
 #pragma unroll
-                for (int j = 0; j < TURNS; j++) top = max(top, top_of(v[b][j]));
-            if (top != EMPTY) break;
+                for (int j = 0; j < TURNS; j++) bad |= (top_of(v[b][j]) == EMPTY) << (2 * j + b);
+            const u32 missing = any_lane(bad);
+            if (!missing) break;
             if (tries > PATIENCE) give_up();
-            ask(from, t, stride);
+            ask(from, t, stride, missing);
         }
         const u32 piece = t % 8, first = t / 8;
         to += first * 128 + ((piece ^ first % 8) * 16);
