@@ -115,19 +115,6 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             const u32 row_tiles = stage == GATE_UP ? 8 : 4, row_tile = at.warp % row_tiles, local_row = row_tile * 16 + at.g / 2 * 4;
             const u32 tiles = low ? LOW_TILES : NT - LOW_TILES, first_tile = low ? 0 : LOW_TILES, other_tile = low ? LOW_TILES : 0;
             const u32 token_in_tile = 2 * at.t + at.odd;
-            float2 cosines[2], sines[2];  // of two rows, of two token tiles; they come while the sums are stored
-            const u32 row = first_row + local_row, i = row % HEAD_DIM / 2, head = row / HEAD_DIM;  // where the stage is QKV
-            if (stage == QKV) {
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    const u32 token = (first_tile + at.group + j * GROUPS) * 8 + token_in_tile;
-                    cosines[j] = make_float2(1.0f, 1.0f), sines[j] = make_float2(0.0f, 0.0f);
-                    if (token < TOKENS && head <= HEADS) {
-                        const u32 place = (prefix + token) * HALF + i;
-                        cosines[j] = *reinterpret_cast<const float2*>(p.cosines + place), sines[j] = *reinterpret_cast<const float2*>(p.sines + place);
-                    }
-                }
-            }
             const u32 box = (row_tile * 32 + at.lane) * 16;
             const u32 other = of_rank(inbox, low) + box, other_barrier = of_rank(pair_barrier, low);
             if (in_pair && at.tid == 0) expect(pair_barrier, tiles * row_tiles * 512);
@@ -162,9 +149,19 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                     fetch_prefix(at, KeyRange(prefix, at.part), x, p.keys + cache);
                     copies_commit();
                 }
-                wait_bytes(pair_barrier, pair_parity);
-                pair_parity ^= 1;
                 if (stage == QKV) {
+                    const u32 row = first_row + local_row, i = row % HEAD_DIM / 2, head = row / HEAD_DIM;
+                    float2 cosines[2], sines[2];  // of two rows, of two token tiles; they come with the pair's sums
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        const u32 token = (first_tile + at.group + j * GROUPS) * 8 + token_in_tile;
+                        cosines[j] = make_float2(1.0f, 1.0f), sines[j] = make_float2(0.0f, 0.0f);
+                        if (token < TOKENS && head <= HEADS) {
+                            const u32 place = (prefix + token) * HALF + i;
+                            cosines[j] = *reinterpret_cast<const float2*>(p.cosines + place), sines[j] = *reinterpret_cast<const float2*>(p.sines + place);
+                        }
+                    }
+                    wait_bytes(pair_barrier, pair_parity);
 #pragma unroll
                     for (int j = 0; j < 2; j++) {
                         const u32 n = at.group + j * GROUPS, token = (first_tile + n) * 8 + token_in_tile;
@@ -183,6 +180,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                         post(mail + to + HALF * 2, pack_bf16(q0 * c.x + p0 * s.x, q1 * c.y + p1 * s.y));
                     }
                 } else {
+                    wait_bytes(pair_barrier, pair_parity);
                     const u32 to = M_ACT + (first_row + local_row);  // two rows a feature of two bytes
 #pragma unroll
                     for (int n = 0; n < LOW_TILES; n++) {
@@ -199,6 +197,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                         post(mail + to + token * (FEATURES * 2), pack_bf16(a, b));
                     }
                 }
+                pair_parity ^= 1;
                 block_barrier();  // the sums are read: values, or the next stage's, may take their place
             } else {
                 u8* const sums_at = parcels + (stage == OUT ? P_OUT : P_DOWN);
