@@ -13,7 +13,7 @@
 // an H100 holds 15 of them, not 16: its processors are not spread evenly.
 //
 // Macros: TOKENS; ACTIONS (of a token, at most 32); MT (56 or 64); KEYS (of a block, at most; a multiple of 16); FORMAT_QKV,
-// FORMAT_O, FORMAT_GATE_UP, FORMAT_DOWN; SLOTS of the ring; PDL; TRACE.
+// FORMAT_O, FORMAT_GATE_UP, FORMAT_DOWN; SLOTS of the ring; AHEAD, in KB; PDL; TRACE.
 
 enum Stage { QKV, OUT, GATE_UP, DOWN };
 constexpr int TILES = 16, PARTS = 8;
@@ -90,35 +90,29 @@ struct Arguments {
     float eps, scale;        // scale: log2(e) / sqrt(HEAD_DIM)
 };
 
-// By the warp behind the workers: all weights of this block, in the order of their use
+// By a warp behind the workers: all weights of this block, in the order of their use; and AHEAD KB before them, into L2: the
+// memory would else have nothing to do while attention, which has no weights, leaves the ring full
 __device__ __forceinline__ void stream_weights(const Arguments& p, Ring ring, bool projects) {
     constexpr u32 TAIL = WARPS * (N_O * Piece<FORMAT_O>::BYTES + N_GATE_UP * Piece<FORMAT_GATE_UP>::BYTES + N_DOWN * Piece<FORMAT_DOWN>::BYTES);
     constexpr u32 LONG = TAIL + WARPS * N_QKV * Piece<FORMAT_QKV>::BYTES;
-    const u32 longs = min(blockIdx.x, 2 * QKV_PAIRS), tails = blockIdx.x - longs;
-    const u8* next = p.weights + ((size_t)longs * LONG + (size_t)tails * TAIL) * p.layers;
+    const u32 longs = min(blockIdx.x, 2 * QKV_PAIRS), tails = blockIdx.x - longs, all = (projects ? LONG : TAIL) * p.layers;
+    const u8* const weights = p.weights + ((size_t)longs * LONG + (size_t)tails * TAIL) * p.layers;
     u64 policy;  // weights pass once a step: they shall not push keys and vectors out of L2
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    const u32 all = (projects ? LONG : TAIL) * p.layers;
-#if AHEAD
-    const u8* const end = next + all;
-#endif
 #pragma unroll 1
-    for (int layers = p.layers * p.steps, layer = 0; layer < layers; layer++) {
-        if (layer % p.layers == 0 && layer > 0) next -= all;
+    for (int step = 0; step < p.steps; step++)
 #pragma unroll 1
-        for (int stage = projects ? QKV : OUT; stage <= DOWN; stage++) {
+        for (u32 next = 0, stage = projects ? QKV : OUT; next < all; stage = stage < DOWN ? stage + 1 : projects ? QKV : OUT) {
             const u32 size = WARPS * (stage == QKV ? Piece<FORMAT_QKV>::BYTES : stage == OUT ? Piece<FORMAT_O>::BYTES : stage == GATE_UP ? Piece<FORMAT_GATE_UP>::BYTES : Piece<FORMAT_DOWN>::BYTES);
-            const u32 pieces = stage == QKV ? N_QKV : stage == OUT ? N_O : stage == GATE_UP ? N_GATE_UP : N_DOWN;
+            const u32 end = next + size * (stage == QKV ? N_QKV : stage == OUT ? N_O : stage == GATE_UP ? N_GATE_UP : N_DOWN);
 #pragma unroll 1
-            for (u32 piece = 0; piece < pieces; piece++, next += size) {
-                ring.ask(next, size, policy);
-#if AHEAD
-                const u8* const later = next + AHEAD * 1024;
-                Ring::prefetch(later < end ? later : later - all, size);
-#endif
+            for (; next < end; next += size) {
+                ring.ask(weights + next, size, policy);
+                const u32 later = next + AHEAD * 1024;
+                if (AHEAD && later + size <= all)
+                    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(weights + later), "r"(size) : "memory");
             }
         }
-    }
 }
 
 struct Place {  // who this thread is

@@ -45,10 +45,6 @@ struct Ring {
     __device__ __forceinline__ void advance() {
         if (++slot == SLOTS) slot = 0, parity ^= 1;
     }
-    // the asking thread's: into L2, long before it is asked for
-    __device__ __forceinline__ static void prefetch(const u8* from, u32 size) {
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(size) : "memory");
-    }
     // by one thread: ask for the next piece, once its slot is empty
     __device__ __forceinline__ void ask(const u8* from, u32 size, u64 policy) {
         wait_bytes(empty(), parity ^ 1);

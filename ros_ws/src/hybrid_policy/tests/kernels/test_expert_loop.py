@@ -105,6 +105,7 @@ def test_machine_code(tmp_path, formats):
     """No spills, wgmma in flight (a serialised one waits for each product), the host's count of shared memory."""
     plan = expert_loop.plan_loop(50, 762, formats, H100_LIMIT)
     macros = {"TOKENS": 50, "ACTIONS": 32, "MT": 56, "KEYS": plan.keys, "SLOTS": plan.slots, "PDL": 1, "TRACE": 0}
+    macros["AHEAD"] = 64
     macros |= {f"FORMAT_{name.upper()}": expert.FORMATS[fmt] for name, fmt in formats.items()}
     sizes = {"SHARED": plan.shared(), "MAIL": plan.mail_words * 4, "PARCELS": plan.parcel_words * 4}
     counted = " ".join(f"static_assert({name} == {size});" for name, size in sizes.items())
