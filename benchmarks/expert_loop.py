@@ -1,4 +1,5 @@
-"""The loop kernel alone: correct against float64 first, then microseconds a layer and where they go.
+"""The loop kernel alone: correct against float64 first, then microseconds a layer, the flow's steps included, and where
+they go.
 
 python benchmarks/expert_loop.py --out results/
 """
@@ -13,11 +14,14 @@ from pathlib import Path
 
 import torch
 from hybrid_policy.kernels import expert, fp8, nvfp4
-from hybrid_policy.kernels.expert_loop import FEATURES, HEAD_DIM, HEADS, STAGES, WIDTH, ExpertLoop
+from hybrid_policy.kernels.expert_loop import ExpertLoop
+from hybrid_policy.kernels.expert_loop_packing import FEATURES, HEAD_DIM, HEADS, STAGES, WIDTH
 from hybrid_policy.kernels.expert_reference import ReferenceLayer, layer_reference
+from hybrid_policy.kernels.flow_step import FlowWeights, Guide, flow_step_reference
 from hybrid_policy.kernels.qkv import rope_tables
 
 DEVICE = torch.device("cuda")
+ACTIONS = 32
 RECIPES = {
     "h100": {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "e4m3"},
     "seed": {"qkv": "bf16", "o": "bf16", "gate_up": "nvfp4", "down": "e4m3"},
@@ -46,83 +50,99 @@ def weight_of(fmt: str, n: int, k: int):
     return fp8.quantize(dense, per_row=False) if fmt == "e4m3" else nvfp4.quantize(dense, rule="max")
 
 
-def build(formats, layers, steps, tokens, valid, capacity, *, same=False, **options):
-    """A packed loop, its reference layers by step, caches and tables. same: one layer's weights for all (quick)."""
-    loop = ExpertLoop(layers, steps, tokens, capacity, formats, DEVICE, **options)
-    keys = torch.randn(layers, capacity, 1, HEAD_DIM, device=DEVICE).bfloat16()
-    values = torch.randn_like(keys)
-    keys[:, valid:], values[:, valid:] = float("nan"), float("nan")  # never to be looked at
-    reference, weights = [], None
-    for i in range(layers):
-        if weights is None or not same:
-            shapes = {"q": ("qkv", HEADS * HEAD_DIM), "k": ("qkv", HEAD_DIM), "v": ("qkv", HEAD_DIM), "o": ("o", WIDTH)}
-            shapes |= {"gate": ("gate_up", FEATURES), "up": ("gate_up", FEATURES), "down": ("down", WIDTH)}
-            weights = {name: weight_of(formats[s], n, STAGES[s][1]) for name, (s, n) in shapes.items()}
-            dense = {name: expert.decoded(*expert.stack([w])) for name, w in weights.items()}
-        factors = tuple(1 + 0.3 * torch.randn(steps, WIDTH, device=DEVICE) for _ in range(2))
-        shifts = tuple(0.3 * torch.randn(steps, WIDTH, device=DEVICE) for _ in range(2))
-        gates = tuple(torch.randn(steps, WIDTH, device=DEVICE) for _ in range(2))
-        loop.pack(i, "qkv", [weights["q"], weights["k"], weights["v"]], shifts[0])
-        loop.pack(i, "o", [weights["o"]])
-        loop.pack(i, "gate_up", [weights["gate"], weights["up"]], shifts[1])
-        loop.pack(i, "down", [weights["down"]])
-        loop.modulate(i, factors, gates)
-        reference.append(
-            [
-                ReferenceLayer(**dense, factors=pick(factors, s), shifts=pick(shifts, s), gates=pick(gates, s))
-                for s in range(steps)
-            ]
-        )
-    return loop, reference, keys, values, rope_tables(capacity, HEAD_DIM, DEVICE)
-
-
 def pick(pair, step):
     """Both tensors' row of a step."""
     return pair[0][step], pair[1][step]
 
 
-def check(formats, layers=3, steps=2, tokens=50, valid=560, capacity=610, **options) -> float:
-    """Relative error of the stream after all steps against float64."""
-    torch.manual_seed(0)
-    loop, reference, keys, values, tables = build(formats, layers, steps, tokens, valid, capacity, **options)
-    start = torch.tensor([valid], dtype=torch.int32, device=DEVICE)
-    h = torch.randn(tokens, WIDTH, device=DEVICE)
-    expected, first = h.double(), None
-    for s in range(steps):
+class Flow:
+    """A packed loop with random weights, its caches, and the same mathematics in float64.
+
+    same: one layer's weights for all (quick).
+    """
+
+    def __init__(self, formats, layers, steps, tokens, valid, capacity, *, same=False, **options):
+        self.loop = ExpertLoop(layers, steps, tokens, ACTIONS, capacity, formats, DEVICE, **options)
+        self.valid = torch.tensor([valid], dtype=torch.int32, device=DEVICE)
+        self.keys = torch.randn(layers, capacity, 1, HEAD_DIM, device=DEVICE).bfloat16()
+        self.values = torch.randn_like(self.keys)
+        self.keys[:, valid:], self.values[:, valid:] = float("nan"), float("nan")  # never to be looked at
+        self.tables = rope_tables(capacity, HEAD_DIM, DEVICE)
+        self.layers, self.steps = [], steps
         for i in range(layers):
-            expected = layer_reference(
-                expected, reference[i][s], keys[i, :valid].double(), values[i, :valid].double(), tables
+            if not self.layers or not same:
+                shapes = {"q": ("qkv", HEADS * HEAD_DIM), "k": ("qkv", HEAD_DIM), "v": ("qkv", HEAD_DIM)}
+                shapes |= {"o": ("o", WIDTH), "gate": ("gate_up", FEATURES), "up": ("gate_up", FEATURES)}
+                shapes["down"] = ("down", WIDTH)
+                weights = {name: weight_of(formats[s], n, STAGES[s][1]) for name, (s, n) in shapes.items()}
+                dense = {name: expert.decoded(*expert.stack([w])) for name, w in weights.items()}
+            factors = tuple(1 + 0.3 * torch.randn(steps, WIDTH, device=DEVICE) for _ in range(2))
+            shifts = tuple(0.3 * torch.randn(steps, WIDTH, device=DEVICE) for _ in range(2))
+            gates = tuple(torch.randn(steps, WIDTH, device=DEVICE) for _ in range(2))
+            self.loop.pack(i, "qkv", [weights["q"], weights["k"], weights["v"]], shifts[0])
+            self.loop.pack(i, "o", [weights["o"]])
+            self.loop.pack(i, "gate_up", [weights["gate"], weights["up"]], shifts[1])
+            self.loop.pack(i, "down", [weights["down"]])
+            self.loop.modulate(i, factors, gates)
+            self.layers.append(
+                [
+                    ReferenceLayer(**dense, factors=pick(factors, s), shifts=pick(shifts, s), gates=pick(gates, s))
+                    for s in range(steps)
+                ]
             )
+        self.flow = FlowWeights(
+            torch.randn(ACTIONS, WIDTH, device=DEVICE) / WIDTH**0.5, torch.randn(ACTIONS, device=DEVICE),
+            torch.randn(WIDTH, ACTIONS, device=DEVICE) / ACTIONS**0.5, torch.randn(WIDTH, device=DEVICE),
+        )  # fmt: skip
+        self.norm = tuple(offset + 0.3 * torch.randn(steps, WIDTH, device=DEVICE) for offset in (1, 0))
+        self.times = [1 - s / steps for s in range(steps)]
+        self.loop.set_flow(self.flow, self.norm, self.times, [0.0] * steps)
+        self.noise = torch.randn(tokens, ACTIONS, device=DEVICE)
+        self.actions = torch.empty_like(self.noise)
+        none = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+        self.guide = Guide(torch.zeros_like(self.noise), torch.zeros(tokens, device=DEVICE), none)
+
+    def run(self):
+        """The launch under test."""
+        self.loop.start()
+        self.loop(self.noise, self.actions, self.guide, self.keys, self.values, self.valid, self.tables)
+
+    def expected(self):
+        """Actions, float64."""
+        wide = FlowWeights(*(getattr(self.flow, name).double() for name in FlowWeights.__dataclass_fields__))
+        valid, x = int(self.valid), self.noise.double()
+        h = torch.empty(len(x), WIDTH, dtype=torch.float64, device=DEVICE)
+        flow_step_reference(h, x, h, wide, self.guide, 0.0, 0.0, 0.0, first=True)
+        for s in range(self.steps):
+            for i, layer in enumerate(self.layers):
+                h = layer_reference(h, layer[s], self.keys[i, :valid], self.values[i, :valid], self.tables)
+            normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6) * self.norm[0][s] + self.norm[1][s]
+            flow_step_reference(normed.double(), x, h, wide, self.guide, self.times[s], 1 / self.steps, 0.0)
+        return x
+
+
+def check(formats, layers=3, steps=2, tokens=50, valid=560, capacity=610, **options) -> float:
+    """Relative error of what the flow adds to the noise, against float64."""
+    torch.manual_seed(0)
+    flow = Flow(formats, layers, steps, tokens, valid, capacity, **options)
+    moved, first = flow.expected() - flow.noise, None
     for _ in range(3):
-        x = h.clone()
-        loop.start()
-        for s in range(steps):
-            loop(x, s, keys, values, start, tables)
+        flow.run()
         torch.cuda.synchronize()
-        assert first is None or torch.equal(first, x), "two runs differ"
-        first = x
-    return ((first.double() - expected).norm() / expected.norm()).item()
+        assert first is None or torch.equal(first, flow.actions), "two runs differ"
+        first = flow.actions.clone()
+    return ((first - flow.noise - moved).norm() / moved.norm()).item()
 
 
 def measure(formats, valid, layers=18, steps=10, tokens=50, **options):
-    """Microseconds a layer of a captured loop of all steps; and the clocks of the last step where traced."""
+    """Microseconds a layer of a captured flow; and the loop, with the clocks of the last step where traced."""
     torch.manual_seed(0)
-    loop, _, keys, values, tables = build(formats, layers, steps, tokens, valid, valid + tokens, same=True, **options)
-    start = torch.tensor([valid], dtype=torch.int32, device=DEVICE)
-    h0 = torch.randn(tokens, WIDTH, device=DEVICE)
-    h = h0.clone()
-
-    def run():
-        h.copy_(h0)
-        loop.start()
-        for s in range(steps):
-            loop(h, s, keys, values, start, tables)
-
-    run()
+    flow = Flow(formats, layers, steps, tokens, valid, valid + tokens, same=True, **options)
+    flow.run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
+        flow.run()
     times = []
     for _ in range(300):
         a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -133,7 +153,7 @@ def measure(formats, valid, layers=18, steps=10, tokens=50, **options):
         times.append(a.elapsed_time(b) * 1e3)
     times.sort()
     print(f"    max/p50 {times[-1] / times[len(times) // 2]:.3f}", flush=True)
-    return times[len(times) // 2] / (layers * steps), loop
+    return times[len(times) // 2] / (layers * steps), flow.loop
 
 
 def clocks_table(loop) -> None:

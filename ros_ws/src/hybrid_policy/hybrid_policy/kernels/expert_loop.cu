@@ -1,57 +1,42 @@
 // ------------------------------------------------------------------------------------------ the loop kernel itself
 
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS + 32, 1) expert_loop(const Arguments p) {
-    extern __shared__ __align__(1024) u8 memory[];
-    __shared__ u64 ring_barriers[2 * SLOTS];
-    __shared__ u64 sum_barrier;
+// By the workers
+__device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 base, Ring ring, u32 pair_barrier) {
     __shared__ float4 stream[128];  // the residual stream of this block's tokens: four columns of one token a thread
     __shared__ float roots[64], own_squares[4][8];
     __shared__ __align__(16) Tables tables;
     __shared__ AttentionMemory attention;
+    __shared__ __align__(16) float actions[8][LANES];  // of this block's tokens
 
     const u32 block = blockIdx.x;
     const bool low = block % 2 == 0;                               // the pair's first block
     const bool projects = block / 2 < QKV_PAIRS;                   // has rows of q, k or v
     const bool attends = block / PARTS * QUERIES < TOKENS * HEADS; // has rows of attention
     const bool owns = block % PARTS < NT;                          // owns tokens of the residual stream
-    u32 base = shared_address(memory);
-    asm volatile("" : "+r"(base));  // held in a register: computing it again reads a slow special one
-    const u32 x = base + A_X;
-    const u32 sums_memory = base + A_SUMS, inbox = base + A_INBOX, pair_barrier = shared_address(&sum_barrier);
+    const u32 x = base + A_X, sums_memory = base + A_SUMS, inbox = base + A_INBOX;
     u32 pair_parity = 0;
-
-    Ring ring;
-    ring.data = base + A_RINGS, ring.barriers = shared_address(ring_barriers);
-    asm volatile("" : "+r"(ring.barriers));
     const Place start;
-    if (start.tid < SLOTS) {
-        barrier_init(ring.barriers + start.tid * 8, 1);
-        barrier_init(ring.barriers + (SLOTS + start.tid) * 8, WORKERS);
-    }
-    if (start.tid == 0) barrier_init(pair_barrier, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-    if (start.warp == WARPS) {
-        if (start.lane == 0) stream_weights(p, ring, projects);
-        return;
-    }
 
     wait_for_predecessor();
     const u32 prefix = p.valid[0];  // rows of the cache, and the position of the chunk's first token
 
-    u32 turn = p.turn;
-    u8* mail = p.mail + turn * MAIL;
+    u32 turn = 0;  // which copy of the mail a layer takes
+    u8* mail = p.mail;
     u8* const parcels = p.parcels;
-    if (owns && start.group == 0) {
-        const OwnPlace own(start);
-        const float4 h = own.token < TOKENS ? float4_at(p.h + own.token * WIDTH + own.column) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        stream[start.tid] = h;
-        post_stream(start, h, float4_at(p.vectors + V_FACTOR1 + own.column), mail, M_IN1, M_SQUARES1, own_squares);
-    }
+    if (owns) take_noise(start, p.flow, actions);
 
 #pragma unroll 1
+    for (int step = 0; step < p.steps; step++)
+#pragma unroll 1
     for (int layer = 0; layer < p.layers; layer++) {
-        const float* const vectors = p.vectors + (size_t)layer * V_LAYER;
+        const bool last = layer + 1 == p.layers;
+        const float* const vectors = p.vectors + ((size_t)step * p.layers + layer) * V_LAYER;
+        if (layer == 0 && owns && start.group == 0) {
+            const Place at;
+            const float4 h = project_actions(at, p.flow, actions);
+            stream[at.tid] = h;
+            post_stream(at, h, float4_at(vectors + V_FACTOR1 + OwnPlace(at).column), mail, M_IN1, M_SQUARES1, own_squares);
+        }
         const float* const row_scale = p.row_scale + (size_t)layer * R_LAYER;
         const u32 phase = turn % 2;
         const size_t cache = (size_t)layer * p.capacity * HEAD_DIM;
@@ -65,7 +50,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                 copies_commit();
                 continue;
             }
-            const bool in_pair = stage == QKV || stage == GATE_UP, last = layer + 1 == p.layers;
+            const bool in_pair = stage == QKV || stage == GATE_UP;
             const u32 first_row = stage == QKV ? at.pair * 64 : stage == GATE_UP ? at.pair * 128 : at.tile * 64;
             tables.fetch(
                 at, row_scale + (stage == QKV ? R_QKV : stage == OUT ? R_O : stage == GATE_UP ? R_GATE_UP : R_DOWN) + first_row,
@@ -81,51 +66,55 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                     block_barrier();  // values are read: partial sums may take their place
                 }
             }
+            if (last && owns && stage == GATE_UP) prefetch_projections(at, p.flow);
             MARK(stage == QKV ? 0 : 4 * stage + 1);
 
             const int format = stage == QKV ? FORMAT_QKV : stage == OUT ? FORMAT_O : stage == GATE_UP ? FORMAT_GATE_UP : FORMAT_DOWN;
-            // activations: 512 columns a block, 256 for the output projection; each warpgroup brings its share
+            // activations: 512 columns a block, 256 for the output projection; each warpgroup brings its share, in halves: the
+            // second comes while the products with the first are under way
             const u32 input = stage == QKV ? M_IN1 : stage == OUT ? M_SEEN : stage == GATE_UP ? M_IN2 : M_ACT;
-            const u32 blocks = stage == OUT ? 2 : 4, width = stage == OUT ? HEADS * HEAD_DIM : stage == DOWN ? FEATURES : WIDTH;
+            const u32 halves = stage == OUT ? 1 : 2, width = stage == OUT ? HEADS * HEAD_DIM : stage == DOWN ? FEATURES : WIDTH;
             const u32 part = in_pair ? at.part % 2 : at.part;
-            const u32 mine = x + at.group * blocks * (MT * 128);
-            const u8* const activations = mail + input + (part * GROUPS + at.group) * blocks * 128;
+            // of 64 columns, from one half to the next; and a warpgroup's first: in gate/up they share columns
+            const u32 apart = stage == OUT ? 1 : stage == GATE_UP ? 4 : 2, first_block = at.group * (stage == GATE_UP ? 2 : 2 * halves);
+            const u8* const activations = mail + input + (part * (4 * halves) + first_block) * 128;
             const u8* const squares_at = mail + (stage == QKV ? M_SQUARES1 : M_SQUARES2);
+            const u32 place = at.tid % 128, blocks_at = x + first_block * (MT * 128);
             Squares squares;
             Words words;  // of the first piece: they wait for the activations, not the other way round
             words.read(ring, at.warp, at.lane, format == 2);
-            await_tokens(activations, at.tid % 128, at.group, blocks, width * 2);
+            await_tokens(activations, place, at.group, apart * 128, width * 2);
             if (in_pair) squares.ask(at, squares_at);
-            take_tokens(mine, activations, at.tid % 128, blocks, width * 2);
-            if (stage == GATE_UP) block_barrier(); else group_barrier(at.group);
-            MARK(stage == QKV ? 1 : 4 * stage + 2);
+            Taken taken;
+            taken.ask(activations, place, width * 2);
             float d[4 * NT];
-            const u32 pieces = stage == QKV ? N_QKV : stage == OUT ? N_O : stage == GATE_UP ? N_GATE_UP : N_DOWN;
-            const u32 operand = stage == GATE_UP ? x : mine;  // there warpgroups share columns
-            if (HAS_FORMAT(2) && format == 2)
-                product<2>(d, words, ring, operand, pieces, at.warp, at.lane);
-            else if (HAS_FORMAT(1) && (format == 1 || !HAS_FORMAT(0)))
-                product<1>(d, words, ring, operand, pieces, at.warp, at.lane);
-            else
-                product<HAS_FORMAT(0) ? 0 : HAS_FORMAT(1) ? 1 : 2>(d, words, ring, operand, pieces, at.warp, at.lane);
+#pragma unroll
+            for (int i = 0; i < 4 * NT; i++) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i]));  // here, not long before
+            const u32 all = stage == QKV ? N_QKV : stage == OUT ? N_O : stage == GATE_UP ? N_GATE_UP : N_DOWN;
+            const u32 pieces = halves == 2 && all % 2 == 0 ? all / 2 : all;  // a single piece needs both halves
+            const u32 operand = stage == GATE_UP ? x : blocks_at;
+#pragma unroll 1
+            for (u32 half = 0;;) {
+                taken.keep(blocks_at + half * apart * (MT * 128), activations + half * apart * 128, place, width * 2);
+                const bool last_half = ++half == halves;
+                if (!last_half) taken.ask(activations + apart * 128, place, width * 2);
+                if (!last_half && pieces == all) continue;
+                if (stage == GATE_UP) block_barrier(); else group_barrier(at.group);
+                if (half == 1) MARK(stage == QKV ? 1 : 4 * stage + 2);
+                const u32 from = operand + (pieces == all ? 0 : half - 1) * apart * (MT * 128);
+                if (HAS_FORMAT(2) && format == 2)
+                    product<2>(d, words, ring, from, pieces, last_half, at.warp, at.lane);
+                else if (HAS_FORMAT(1) && (format == 1 || !HAS_FORMAT(0)))
+                    product<1>(d, words, ring, from, pieces, last_half, at.warp, at.lane);
+                else
+                    product<HAS_FORMAT(0) ? 0 : HAS_FORMAT(1) ? 1 : 2>(d, words, ring, from, pieces, last_half, at.warp, at.lane);
+                if (last_half) break;
+            }
             MARK(stage == QKV ? 2 : stage == DOWN ? 26 : 4 * stage + 3);
 
             const u32 row_tiles = stage == GATE_UP ? 8 : 4, row_tile = at.warp % row_tiles, local_row = row_tile * 16 + at.g / 2 * 4;
             const u32 tiles = low ? LOW_TILES : NT - LOW_TILES, first_tile = low ? 0 : LOW_TILES, other_tile = low ? LOW_TILES : 0;
             const u32 token_in_tile = 2 * at.t + at.odd;
-            float2 cosines[2], sines[2];  // of two rows, of two token tiles; they come while the sums are stored
-            const u32 row = first_row + local_row, i = row % HEAD_DIM / 2, head = row / HEAD_DIM;  // where the stage is QKV
-            if (stage == QKV) {
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    const u32 token = (first_tile + at.group + j * GROUPS) * 8 + token_in_tile;
-                    cosines[j] = make_float2(1.0f, 1.0f), sines[j] = make_float2(0.0f, 0.0f);
-                    if (token < TOKENS && head <= HEADS) {
-                        const u32 place = (prefix + token) * HALF + i;
-                        cosines[j] = *reinterpret_cast<const float2*>(p.cosines + place), sines[j] = *reinterpret_cast<const float2*>(p.sines + place);
-                    }
-                }
-            }
             const u32 box = (row_tile * 32 + at.lane) * 16;
             const u32 other = of_rank(inbox, low) + box, other_barrier = of_rank(pair_barrier, low);
             if (in_pair && at.tid == 0) expect(pair_barrier, tiles * row_tiles * 512);
@@ -160,9 +149,19 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                     fetch_prefix(at, KeyRange(prefix, at.part), x, p.keys + cache);
                     copies_commit();
                 }
-                wait_bytes(pair_barrier, pair_parity);
-                pair_parity ^= 1;
                 if (stage == QKV) {
+                    const u32 row = first_row + local_row, i = row % HEAD_DIM / 2, head = row / HEAD_DIM;
+                    float2 cosines[2], sines[2];  // of two rows, of two token tiles; they come with the pair's sums
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        const u32 token = (first_tile + at.group + j * GROUPS) * 8 + token_in_tile;
+                        cosines[j] = make_float2(1.0f, 1.0f), sines[j] = make_float2(0.0f, 0.0f);
+                        if (token < TOKENS && head <= HEADS) {
+                            const u32 place = (prefix + token) * HALF + i;
+                            cosines[j] = *reinterpret_cast<const float2*>(p.cosines + place), sines[j] = *reinterpret_cast<const float2*>(p.sines + place);
+                        }
+                    }
+                    wait_bytes(pair_barrier, pair_parity);
 #pragma unroll
                     for (int j = 0; j < 2; j++) {
                         const u32 n = at.group + j * GROUPS, token = (first_tile + n) * 8 + token_in_tile;
@@ -181,6 +180,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                         post(mail + to + HALF * 2, pack_bf16(q0 * c.x + p0 * s.x, q1 * c.y + p1 * s.y));
                     }
                 } else {
+                    wait_bytes(pair_barrier, pair_parity);
                     const u32 to = M_ACT + (first_row + local_row);  // two rows a feature of two bytes
 #pragma unroll
                     for (int n = 0; n < LOW_TILES; n++) {
@@ -197,6 +197,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                         post(mail + to + token * (FEATURES * 2), pack_bf16(a, b));
                     }
                 }
+                pair_parity ^= 1;
                 block_barrier();  // the sums are read: values, or the next stage's, may take their place
             } else {
                 u8* const sums_at = parcels + (stage == OUT ? P_OUT : P_DOWN);
@@ -208,7 +209,6 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                     mail = p.mail + turn * MAIL;
                 }
                 if (owns && at.group == 0) {
-                    const OwnPlace own(at);
                     const float4 third = float4_at(tables.third + local_row);
                     const float4 v = four_rows(sum_of_parts(at, sums_at, phase), at.odd);
                     if (stage == OUT) MARK(27);
@@ -218,14 +218,39 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
                     stream[at.tid] = h;
                     if (stage == OUT || !last)
                         post_stream(at, h, third, mail, stage == OUT ? M_IN2 : M_IN1, stage == OUT ? M_SQUARES2 : M_SQUARES1, own_squares);
-                    else if (own.token < TOKENS)
-                        *reinterpret_cast<float4*>(p.h + own.token * WIDTH + own.column) = h;
                 }
                 if (stage == DOWN) block_barrier();  // the scratch is read: values may take its place
             }
             if (stage == QKV) MARK(3);
             if (stage == GATE_UP) MARK(12);
         }
+        if (last && owns) euler_step(p.flow, p.eps, parcels, step, step + 1 == p.steps, stream, *reinterpret_cast<Scaled*>(memory + A_SUMS), own_squares, actions);
+    }
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS + 128, 1) expert_loop(const Arguments p) {
+    extern __shared__ __align__(1024) u8 memory[];
+    __shared__ u64 ring_barriers[2 * SLOTS];
+    __shared__ u64 sum_barrier;
+    u32 base = shared_address(memory);
+    asm volatile("" : "+r"(base));  // held in a register: computing it again reads a slow special one
+    const u32 pair_barrier = shared_address(&sum_barrier);
+    Ring ring;
+    ring.data = base + A_RINGS, ring.barriers = shared_address(ring_barriers);
+    asm volatile("" : "+r"(ring.barriers));
+    if (threadIdx.x < SLOTS) {
+        barrier_init(ring.barriers + threadIdx.x * 8, 1);
+        barrier_init(ring.barriers + (SLOTS + threadIdx.x) * 8, WORKERS);
+    }
+    if (threadIdx.x == 0) barrier_init(pair_barrier, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    if (__shfl_sync(0xffffffffu, threadIdx.x / 128, 0) == GROUPS) {
+        fewer_registers<24>();  // 128 * 24 + 256 * 240 is what 384 threads of 168 begin with: one more, and the workers wait for ever
+        if (threadIdx.x == WORKERS) stream_weights(p, ring, blockIdx.x / 2 < QKV_PAIRS);
+    } else {
+        more_registers<240>();
+        all_steps(p, memory, base, ring, pair_barrier);
     }
     let_dependents_start();
 }

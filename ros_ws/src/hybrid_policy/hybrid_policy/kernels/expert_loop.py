@@ -1,42 +1,51 @@
-"""All layers of the action expert in one launch: host side of expert_loop.cu.
+"""All steps of the flow through all layers of the action expert in one launch: host side of expert_loop.cu.
 
 The same layer as in `hybrid_policy.kernels.expert`, for pi0.5's own expert (width 1024, GeGLU 4096, eight query heads
-and one of keys and values, 256 each), 16 to 64 tokens, on a Hopper GPU that can hold 64 clusters of two blocks at once.
-The launch stays on the device for a whole pass: weights stream ahead of need, blocks exchange activations by polling.
+and one of keys and values, 256 each), 16 to 64 tokens, on a Hopper GPU that can hold 64 clusters of two blocks at once;
+between two passes over the layers the Euler step of `hybrid_policy.kernels.flow_step`. The launch stays on the device
+from noise to actions: weights stream ahead of need, blocks exchange activations by polling.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels import expert, expert_packing, packing
+from hybrid_policy.kernels import expert, expert_packing
 from hybrid_policy.kernels.expert import Weight
+from hybrid_policy.kernels.expert_loop_packing import (
+    FEATURES,
+    GROUPS,
+    HEAD_DIM,
+    HEADS,
+    LOADS,
+    PARTS,
+    QKV_BLOCKS,
+    SIXTEEN,
+    STAGES,
+    TILES,
+    WARPS,
+    WIDTH,
+    pieces,
+    shares,
+    steps_of,
+)
+from hybrid_policy.kernels.flow_step import FlowWeights, Guide
 from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
 
 SOURCES = kernel_sources(
-    "expert_common", "expert_loop_parts", "expert_loop_layout", "expert_loop_attention", "expert_loop"
+    "expert_common",
+    *(f"expert_loop_{part}" for part in ("parts", "layout", "attention", "flow")),
+    "expert_loop",
 )
-TILES, PARTS = 16, 8
-WIDTH, FEATURES, HEADS, HEAD_DIM = 1024, 4096, 8, 256
-#: stages with weights: rows, K, and k steps of 16 of a block
-STAGES = {
-    "qkv": ((HEADS + 2) * HEAD_DIM, WIDTH, 32),
-    "o": (WIDTH, HEADS * HEAD_DIM, 16),
-    "gate_up": (2 * FEATURES, WIDTH, 64),
-    "down": (WIDTH, FEATURES, 32),
-}
-QKV_BLOCKS = STAGES["qkv"][0] // 64 * 2
-#: k steps in 16 bytes of each lane of a warp, and bytes of a warp for them
-SIXTEEN = {"bf16": (1, 512), "e4m3": (2, 512), "nvfp4": (4, 640)}
-#: warpgroups of a block, and their warps; a lane's loads, 16 bytes each, in a piece of the ring
-GROUPS, WARPS, LOADS = 2, 8, 4
-STATIC_BYTES = 6144  # barriers and small tables beside the dynamic shared memory
+#: actions of a token as the kernel holds them, zeros behind the last
+LANES = 32
+STATIC_BYTES = 7168  # barriers and small tables beside the dynamic shared memory
 _EMPTY = -1  # a word of mail that has not been written
 
 
@@ -71,7 +80,7 @@ class LoopPlan:
     @property
     def parcel_words(self) -> int:
         """32-bit words of the parcels."""
-        return TILES * PARTS * 512 * (2 * self.padded // 8 + PARTS)
+        return TILES * PARTS * (512 * (2 * self.padded // 8 + PARTS) + 8 * (LANES + 1))
 
 
 def plan_loop(tokens: int, capacity: int, formats: Mapping[str, str], limit: int) -> LoopPlan | None:
@@ -94,77 +103,28 @@ def plan_loop(tokens: int, capacity: int, formats: Mapping[str, str], limit: int
     return None
 
 
-def steps_of(stage: str) -> int:
-    """K steps of a warp in a stage."""
-    return STAGES[stage][2] // GROUPS
-
-
-def pieces(fmt: str, values: Tensor, scales: Tensor | None) -> Tensor:
-    """Rows of W cut into a warp's shares of bulk copies: uint8 [N / 16, K / 16 / steps, bytes].
-
-    Lane ``4g + t`` holds wgmma's A fragment of 16 rows and 16 k: element (k8, r8, e) is row ``2g + r8``, k
-    ``2t + 8 k8 + e``. A share is `LOADS` times 512 bytes, of each lane 16. bf16: one k step, (k8, r8, e). E4M3:
-    two k steps, four words (step, k8) of `e4m3_words`. NVFP4: four k steps, a word of `packing.pack_words` each; then
-    as often 128 bytes of scales: for each g four words, one a k step, of bf16(scale · 2^119) of rows 2g (low) and
-    2g + 1.
-    """
-    n, k = values.shape
-    raw = values if fmt != "e4m3" else values.view(torch.uint8)
-    # T g r8 S k8 t e -> T S g t k8 r8 e
-    f = raw.reshape(n // 16, 8, 2, k // 16, 2, 4, 2).permute(0, 3, 1, 5, 4, 2, 6)
-    size = LOADS * SIXTEEN[fmt][1]
-    if fmt == "bf16":
-        return f.contiguous().view(torch.uint8).reshape(n // 16, -1, size)
-    if fmt == "e4m3":
-        words = e4m3_words(f).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5)  # T I g t step k8
-        return words.contiguous().view(torch.uint8).reshape(n // 16, -1, size)
-    assert scales is not None
-    words = packing.pack_words(f.flatten(-3))[..., 0]  # T S g t
-    words = words.unflatten(1, (-1, 4)).permute(0, 1, 3, 4, 2)  # T I g t step
-    codes = words.contiguous().view(torch.uint8).reshape(n // 16, -1, LOADS * 512)
-    wide = expert_packing.wide_scales(scales).reshape(n // 16, 8, 2, -1, 4)  # T g r8 I step
-    wide = wide.permute(0, 3, 1, 4, 2)  # T I g step r8
-    return torch.cat((codes, wide.contiguous().view(torch.uint8).reshape(n // 16, -1, LOADS * 128)), -1)
-
-
-def e4m3_words(codes: Tensor) -> Tensor:
-    """Bytes of E4M3 [..., r8, e] -> int32 [...]: see `operand_of` in expert_loop_parts.cu."""
-    wide = codes.to(torch.int64)
-    first, second = wide[..., 0, :], wide[..., 1, :]
-    half = (first & 0x80) << 8 | (first & 0x7F) << 4
-    half |= (second & 0x80) << 4 | (second & 0x70) << 8 | second & 0x0F
-    word = half[..., 0] | half[..., 1] << 16
-    return torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32)
-
-
-def _shares(stage: str) -> tuple[Tensor, Tensor]:
-    """Which 16 rows, and from which k step on, each block's each warp has: two int64 [128, warps]."""
-    block, warp = torch.arange(TILES * PARTS)[:, None], torch.arange(WARPS)[None]
-    tile, part = block // PARTS, block % PARTS
-    pair, group, row_tile, steps = block // 2, warp // 4, warp % 4, STAGES[stage][2]
-    if stage == "qkv":
-        return pair * 4 + row_tile, part % 2 * steps + group * (steps // GROUPS)
-    if stage == "gate_up":
-        return pair * 8 + warp, (part % 2 * (steps // GROUPS)).expand(-1, WARPS)
-    return (tile * 4 + row_tile).expand(len(block), -1), part * steps + group * (steps // GROUPS)
-
-
 class _Arguments(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weights", "row_scale", "vectors", "h", "keys", "values")),
-        *((name, ctypes.c_void_p) for name in ("cosines", "sines", "valid", "mail", "parcels", "trace")),
-        *((name, ctypes.c_int) for name in ("layers", "capacity", "turn")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("weights", "row_scale", "vectors", "keys", "values", "cosines", "sines")
+        ),
+        *((name, ctypes.c_void_p) for name in ("valid", "noise", "actions", "out_weight", "in_weight", "in_bias")),
+        *((name, ctypes.c_void_p) for name in ("factor", "shift", "times", "target", "guide_weights", "clean")),
+        *((name, ctypes.c_void_p) for name in ("mail", "parcels", "trace")),
+        *((name, ctypes.c_int) for name in ("layers", "steps", "capacity")),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
     ]
 
 
 class ExpertLoop:
-    """The expert's layers, packed layer by layer with `pack`, then launched as a whole.
+    """The expert's layers, packed layer by layer with `pack` and `modulate`, the flow with `set_flow`, then launched as
+    a whole.
 
     Args:
         layers, steps: of the expert, of the flow.
-        tokens: of a chunk. capacity: rows of the cache.
+        tokens: of a chunk. actions: of a token, at most `LANES`. capacity: rows of the cache.
         formats: ``qkv``, ``o``, ``gate_up``, ``down`` -> bf16, e4m3 or nvfp4 (activations are bf16 in each).
         trace: record clocks of every block and stage in `clocks`.
         macros: for experiments.
@@ -175,6 +135,7 @@ class ExpertLoop:
         layers: int,
         steps: int,
         tokens: int,
+        actions: int,
         capacity: int,
         formats: dict[str, str],
         device: torch.device,
@@ -186,7 +147,10 @@ class ExpertLoop:
         plan = plan_loop(tokens, capacity, formats, expert.shared_limit(device))
         if plan is None:
             raise InputError(f"expert loop: {tokens} tokens, {capacity} rows of cache: no plan fits this device")
-        self.plan, self._layers, self._capacity, self._formats = plan, layers, capacity, dict(formats)
+        if not 1 <= actions <= LANES:
+            raise InputError.at("expert loop", "actions", actions, f"1 to {LANES}")
+        self.plan, self._layers, self._steps, self._capacity = plan, layers, steps, capacity
+        self._actions, self._formats = actions, dict(formats)
         sizes = {name: steps_of(name) // SIXTEEN[fmt][0] * SIXTEEN[fmt][1] for name, fmt in formats.items()}
         self._offsets = {}
         at = 0
@@ -204,14 +168,20 @@ class ExpertLoop:
         rows = sum(shape[0] for shape in STAGES.values())
         self.row_scale = torch.empty(layers, rows, device=device)
         self.vectors = torch.empty(steps, layers, rows + 2 * WIDTH, device=device)
+        self._out_weight, self._in_weight = (torch.zeros(WIDTH, LANES, device=device) for _ in range(2))
+        self._in_bias, self._factor = torch.zeros(WIDTH, device=device), torch.zeros(steps, WIDTH, device=device)
+        self._shift, self._times = torch.zeros(steps, LANES, device=device), torch.zeros(steps, 4, device=device)
         self._mail = torch.full((4 * plan.mail_words + plan.parcel_words,), _EMPTY, dtype=torch.int32, device=device)
         self._parcels = self._mail[4 * plan.mail_words :]
         self.clocks = torch.zeros(blocks, layers, 32, dtype=torch.int64, device=device) if trace else None
-        macros = (macros or {}) | {"TOKENS": tokens, "MT": plan.padded, "KEYS": plan.keys, "SLOTS": plan.slots}
+        # measured at 270 (bf16): 64 brings 4 %, 128 costs 2 %; at 110 (h100) memory has time enough
+        ahead = 64 if WARPS * at > 200 * 1024 else 0
+        macros = {"AHEAD": ahead} | (macros or {}) | {"TOKENS": tokens, "ACTIONS": actions, "MT": plan.padded}
+        macros |= {"KEYS": plan.keys, "SLOTS": plan.slots}
         macros |= {f"FORMAT_{name.upper()}": expert.FORMATS[fmt] for name, fmt in formats.items()}
         self._kernel = Kernel(
             SOURCES, "expert_loop", macros | {"PDL": int(pdl), "TRACE": int(trace)},
-            threads=WARPS * 32 + 32,
+            threads=WARPS * 32 + 128,
              shared=plan.shared(), pdl=pdl, specific=True,
         )  # fmt: skip
         room, pairs = self._kernel.active_clusters((blocks, 1), 2), blocks // 2
@@ -244,7 +214,7 @@ class ExpertLoop:
             None if scales is None else expert.rows_of(scales, order),
         )
         steps = LOADS * SIXTEEN[fmt][0]
-        tiles, first = (share.to(values.device) for share in _shares(stage))
+        tiles, first = (share.to(values.device) for share in shares(stage))
         count = steps_of(stage) // steps
         index = (first // steps)[..., None] + torch.arange(count, device=values.device)
         active = QKV_BLOCKS if stage == "qkv" else len(tiles)
@@ -268,37 +238,67 @@ class ExpertLoop:
         ):
             self.vectors[:, layer, begin : begin + WIDTH] = value
 
+    def set_flow(
+        self, weights: FlowWeights, norm: tuple[Tensor, Tensor], times: Sequence[float], strengths: Sequence[float]
+    ) -> None:
+        """What lies between two passes over the layers.
+
+        norm: the last norm's 1 + scale and shift, float32 [steps, WIDTH] each. times, strengths: of each step, the
+        flow's time and real-time chunking's w(t).
+        """
+        scale, shift = norm
+        a = self._actions
+        self._out_weight[:, :a] = weights.out_weight.T
+        self._in_weight[:, :a] = weights.in_weight
+        self._in_bias.copy_(weights.in_bias)
+        self._factor.copy_(scale)
+        self._shift[:, :a] = shift.float() @ weights.out_weight.T + weights.out_bias
+        rows = [(t, 1.0 / self._steps, strength, 0.0) for t, strength in zip(times, strengths, strict=True)]
+        self._times.copy_(torch.tensor(rows))
+
     def start(self) -> None:
-        """Empty the mail; before the first step of an inference, so that a broken-off one leaves nothing behind."""
+        """Empty the mail; before a launch, so that a broken-off one leaves nothing behind."""
         self._mail.fill_(_EMPTY)
 
     def __call__(
-        self, h: Tensor, step: int, keys: Tensor, values: Tensor, valid: Tensor, tables: tuple[Tensor, Tensor]
+        self,
+        noise: Tensor,
+        actions: Tensor,
+        guide: Guide,
+        keys: Tensor,
+        values: Tensor,
+        valid: Tensor,
+        tables: tuple[Tensor, Tensor],
     ) -> None:
-        """All layers of one flow step.
+        """All steps of the flow, from noise to actions; after `start`.
 
         Args:
-            h: float32 [tokens, WIDTH], the residual stream, in place.
-            step: of the flow; steps follow each other from 0.
+            noise, actions: float32 [tokens, actions]; in, and out.
+            guide: real-time chunking's inputs.
             keys, values: bf16 [layers, capacity, 1, HEAD_DIM], the prefix's; the chunk's own are not written.
             valid: int32 [1], rows of the prefix. tables: from `rope_tables`.
         """
-        cache = (self._layers, self._capacity, 1, HEAD_DIM)
+        cache, chunk = (self._layers, self._capacity, 1, HEAD_DIM), (self.plan.tokens, self._actions)
         for name, x, shape, dtype in (
-            ("h", h, (self.plan.tokens, WIDTH), torch.float32),
+            ("noise", noise, chunk, torch.float32),
+            ("actions", actions, chunk, torch.float32),
+            ("target", guide.target, chunk, torch.float32),
             ("keys", keys, cache, torch.bfloat16),
             ("values", values, cache, torch.bfloat16),
         ):
             if tuple(x.shape) != shape or x.dtype != dtype or not x.is_contiguous():
                 raise InputError.at("expert loop", name, (tuple(x.shape), x.dtype), f"contiguous {dtype} {shape}")
         clocks = None if self.clocks is None else self.clocks.data_ptr()
+        pointers = (
+            self.weights, self.row_scale, self.vectors, keys, values, *tables, valid, noise, actions,
+            self._out_weight, self._in_weight, self._in_bias, self._factor, self._shift, self._times,
+            guide.target, guide.weights, guide.clean, self._mail, self._parcels,
+        )  # fmt: skip
         self._kernel(
             (TILES * PARTS, 1),
             _Arguments(
-                self.weights.data_ptr(), self.row_scale.data_ptr(), self.vectors[step].data_ptr(), h.data_ptr(),
-                keys.data_ptr(), values.data_ptr(), tables[0].data_ptr(), tables[1].data_ptr(), valid.data_ptr(),
-                self._mail.data_ptr(), self._parcels.data_ptr(), clocks,
-                self._layers, self._capacity, step * self._layers % 4, 1e-6, HEAD_DIM**-0.5 * 1.4426950408889634,
+                *(x.data_ptr() for x in pointers), clocks, self._layers, self._steps, self._capacity, 1e-6,
+                HEAD_DIM**-0.5 * 1.4426950408889634,
             ),
         )  # fmt: skip
 
@@ -310,6 +310,7 @@ class ExpertLoop:
 def fits_device(
     device: torch.device,
     tokens: int,
+    actions: int,
     capacity: int,
     width: int,
     mlp_dim: int,
@@ -321,11 +322,8 @@ def fits_device(
     formats: ``qkv``, ``o``, ``gate_up``, ``down`` -> bf16, e4m3 or nvfp4. A device that cannot hold all blocks at once
     is only found out by `ExpertLoop`.
     """
-    if torch.cuda.get_device_capability(device) != (9, 0) or (width, mlp_dim, heads) != (
-        WIDTH,
-        FEATURES,
-        (HEADS, 1, HEAD_DIM),
-    ):
+    served = (WIDTH, FEATURES, (HEADS, 1, HEAD_DIM))
+    if torch.cuda.get_device_capability(device) != (9, 0) or (width, mlp_dim, heads) != served or actions > LANES:
         return False
     properties = torch.cuda.get_device_properties(device)
     enough = properties.multi_processor_count >= TILES * PARTS

@@ -50,16 +50,19 @@ __device__ __forceinline__ void attend(
         // each block that projects has 32 dims, and the 32 half a head away: a word of each
         await_word(lane % 8 < 4 && own ? key_from + (int)(lane % 4 * 64 - lane * 16) : from[0] + (int)(lane % 4 * 64 - lane * 16));
         uint4 v[TURNS], key, value;
+        u32 missing = ~0u;
         for (u32 tries = 0;; tries++) {
-            u32 top = 0;
+            u32 bad = 0;
 #pragma unroll
-            for (int j = 0; j < TURNS; j++) v[j] = peek4(from[j]);
-            if (own) key = peek4(key_from), value = peek4(key_from + (M_V - M_K));
+            for (int j = 0; j < TURNS; j++)
+                if (missing >> j & 1) v[j] = peek4(from[j]);
+            if (own && missing >> TURNS & 1) key = peek4(key_from), value = peek4(key_from + (M_V - M_K));
 #pragma unroll
-            for (int j = 0; j < TURNS; j++) top = max(top, top_of(v[j]));
-            if (own) top = max(top, max(top_of(key), top_of(value)));
-            if (top != EMPTY) break;
-                if (tries > PATIENCE) __trap();
+            for (int j = 0; j < TURNS; j++) bad |= (top_of(v[j]) == EMPTY) << j;
+            if (own) bad |= (max(top_of(key), top_of(value)) == EMPTY) << TURNS;
+            missing = any_lane(bad);
+            if (!missing) break;
+            if (tries > PATIENCE) give_up();
         }
 #pragma unroll
         for (int j = 0; j < TURNS; j++) store_shared4(q_to + (warp + j * WARPS) * PITCH + lane * 16, v[j]);
@@ -190,14 +193,17 @@ __device__ __forceinline__ void attend(
     uint2 stats[PARTS], parts[PARTS];
     await_parcel(incoming - lane * 8 + lane % PARTS * 2048, phase);
     MARK(18);
+    u32 missing = (1 << PARTS) - 1;
     for (u32 tries = 0;; tries++) {
-        u32 top_word = 0, missing = 0;
 #pragma unroll
-        for (int c = 0; c < PARTS; c++) stats[c] = peek2(tops_at + c * (QUERIES * 8)), parts[c] = peek2(incoming + c * 2048);
+        for (int c = 0; c < PARTS; c++)
+            if (missing >> c & 1) stats[c] = peek2(tops_at + c * (QUERIES * 8)), parts[c] = peek2(incoming + c * 2048);
+        u32 bad = 0;
 #pragma unroll
-        for (int c = 0; c < PARTS; c++) top_word = max(top_word, top_of(stats[c])), missing |= parts[c].x ^ phase;
-        if (top_word != EMPTY && !(missing & 1)) break;
-        if (tries > PATIENCE) __trap();
+        for (int c = 0; c < PARTS; c++) bad |= (top_of(stats[c]) == EMPTY || (parts[c].x ^ phase) & 1) << c;
+        missing = any_lane(bad);
+        if (!missing) break;
+        if (tries > PATIENCE) give_up();
     }
     MARK(19);
     float best = MINUS_INFINITY;
@@ -212,7 +218,7 @@ __device__ __forceinline__ void attend(
         o[2] = fmaf(w, low_of(parts[c].y), o[2]), o[3] = fmaf(w, high_of(parts[c].y), o[3]);
     }
     if (row < TOKENS * HEADS) {
-        const float inverse = 1.0f / weight;
+        const float inverse = __fdividef(1.0f, weight);
         const u32 place = M_SEEN + (row * HEAD_DIM + at.part * DIMS + warp % 2 * 16 + t * 2) * 2;
         post(mail + place, pack_bf16(o[0] * inverse, o[1] * inverse));
         post(mail + place + 16, pack_bf16(o[2] * inverse, o[3] * inverse));

@@ -1,7 +1,7 @@
 // ------------------------------------------------------------------------------- all layers of the expert, one launch
-// 128 blocks, 16 tiles of 8 parts, stay on the device for a whole pass over the layers. Weights stream into a ring,
-// ahead of need; blocks hand each other activations as mail (expert_loop_parts.cu), so that a stage begins as soon
-// as its last word is there. The residual stream never leaves the blocks that own it.
+// 128 blocks, 16 tiles of 8 parts, stay on the device for all steps of the flow. Weights stream into a ring, ahead of
+// need; blocks hand each other activations as mail (expert_loop_parts.cu), so that a stage begins as soon as its last
+// word is there. The residual stream never leaves the blocks that own it.
 //
 // Rows of W and parts of K:    rows               K
 //   QKV (norm, RoPE)           64 a pair          halves by block of the pair, then by warpgroup
@@ -12,8 +12,8 @@
 // a pair (a cluster of two) through distributed shared memory, else as parcels. Clusters of eight would spare those, but
 // an H100 holds 15 of them, not 16: its processors are not spread evenly.
 //
-// Macros: TOKENS; MT (56 or 64); KEYS (of a block, at most; a multiple of 16); FORMAT_QKV,
-// FORMAT_O, FORMAT_GATE_UP, FORMAT_DOWN; SLOTS of the ring; PDL; TRACE.
+// Macros: TOKENS; ACTIONS (of a token, at most 32); MT (56 or 64); KEYS (of a block, at most; a multiple of 16); FORMAT_QKV,
+// FORMAT_O, FORMAT_GATE_UP, FORMAT_DOWN; SLOTS of the ring; AHEAD, in KB; PDL; TRACE.
 
 enum Stage { QKV, OUT, GATE_UP, DOWN };
 constexpr int TILES = 16, PARTS = 8;
@@ -36,7 +36,11 @@ constexpr int M_TOPS = M_SQUARES2 + TILES * MT * 4, MAIL = M_TOPS + TILES * PART
 // bytes of the parcels: partial sums of output and down [tile, owner, part, row tile of four, lane] four floats, of
 // attention [tile, owner, part, row of 8, half, lane] four bf16
 constexpr int P_OUT = 0, P_DOWN = P_OUT + TILES * NT * PARTS * 2048, P_SEEN = P_DOWN + TILES * NT * PARTS * 2048;
-// [tile, owner, part] of attention: TILES * PARTS * PARTS * 2048 more
+// [tile, owner, part] of attention; then, of the flow's step, partial velocities [part, tile, token of 8, LANES] and sums of
+// squares [part, tile, token of 8]
+constexpr int P_FLOW = P_SEEN + TILES * PARTS * PARTS * 2048, LANES = 32;  // actions of a token, zeros behind the last
+constexpr int P_FLOW_SQUARES = P_FLOW + PARTS * TILES * 8 * LANES * 4, PARCELS = P_FLOW_SQUARES + PARTS * TILES * 8 * 4;
+static_assert(ACTIONS <= LANES, "a lane an action");
 
 // shared memory: activations (or keys), partial sums (or values), queries (or partial sums of the pair's other block),
 // probabilities, rings
@@ -55,39 +59,59 @@ constexpr int N_QKV = 16 / Piece<FORMAT_QKV>::STEPS, N_O = 8 / Piece<FORMAT_O>::
 constexpr int N_GATE_UP = 32 / Piece<FORMAT_GATE_UP>::STEPS, N_DOWN = 16 / Piece<FORMAT_DOWN>::STEPS;
 static_assert(N_QKV && N_O && N_GATE_UP && N_DOWN, "whole pieces");
 
+struct FlowArguments {
+    const float* noise;      // [TOKENS, ACTIONS]
+    float* actions;          // the same: out
+    const float* out_weight; // [WIDTH, LANES], zeros behind the last action
+    const float* in_weight;  // [WIDTH, LANES], likewise
+    const float* in_bias;    // [WIDTH]
+    const float* factor;     // [steps, WIDTH], of the last norm
+    const float* shift;      // [steps, LANES]: the last norm's shift times out_weight, and its bias
+    const float4* times;     // [steps]: time, length of the step, strength of the guide
+    const float* target;     // [TOKENS, ACTIONS], the guide's
+    const float* weights;    // [TOKENS]
+    const int* clean;        // tokens whose actions are given
+};
+
 struct Arguments {
     const u8* weights;       // [blocks, layers, pieces, warps, bytes]; the blocks that project q, k, v first: theirs are longer
     const float* row_scale;  // [layers, R_LAYER]
-    const float* vectors;    // this flow step's [layers, V_LAYER]
-    float* h;                // [TOKENS, WIDTH], the residual stream: in and out
+    const float* vectors;    // [steps, layers, V_LAYER]
     const u16* keys;         // bf16 [layers, capacity, HEAD_DIM]
     const u16* values;
     const float* cosines;    // [capacity, HALF]
     const float* sines;
     const int* valid;        // keys of the prefix
+    FlowArguments flow;
     u8* mail;                // [4, MAIL]
-    u8* parcels;
-    long long* trace;        // [blocks, layers, 32] clocks, where TRACE
-    int layers, capacity, turn;  // turn: which copy of the mail the first layer takes
-    float eps, scale;            // scale: log2(e) / sqrt(HEAD_DIM)
+    u8* parcels;             // [PARCELS]
+    long long* trace;        // [blocks, layers, 32] clocks of the last step, where TRACE
+    int layers, steps, capacity;
+    float eps, scale;        // scale: log2(e) / sqrt(HEAD_DIM)
 };
 
-// By the warp behind the workers: all weights of this block, in the order of their use
+// By a warp behind the workers: all weights of this block, in the order of their use; and AHEAD KB before them, into L2: the
+// memory would else have nothing to do while attention, which has no weights, leaves the ring full
 __device__ __forceinline__ void stream_weights(const Arguments& p, Ring ring, bool projects) {
     constexpr u32 TAIL = WARPS * (N_O * Piece<FORMAT_O>::BYTES + N_GATE_UP * Piece<FORMAT_GATE_UP>::BYTES + N_DOWN * Piece<FORMAT_DOWN>::BYTES);
     constexpr u32 LONG = TAIL + WARPS * N_QKV * Piece<FORMAT_QKV>::BYTES;
-    const u32 longs = min(blockIdx.x, 2 * QKV_PAIRS), tails = blockIdx.x - longs;
-    const u8* next = p.weights + ((size_t)longs * LONG + (size_t)tails * TAIL) * p.layers;
+    const u32 longs = min(blockIdx.x, 2 * QKV_PAIRS), tails = blockIdx.x - longs, all = (projects ? LONG : TAIL) * p.layers;
+    const u8* const weights = p.weights + ((size_t)longs * LONG + (size_t)tails * TAIL) * p.layers;
     u64 policy;  // weights pass once a step: they shall not push keys and vectors out of L2
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
 #pragma unroll 1
-    for (int layer = 0; layer < p.layers; layer++)
+    for (int step = 0; step < p.steps; step++)
 #pragma unroll 1
-        for (int stage = projects ? QKV : OUT; stage <= DOWN; stage++) {
+        for (u32 next = 0, stage = projects ? QKV : OUT; next < all; stage = stage < DOWN ? stage + 1 : projects ? QKV : OUT) {
             const u32 size = WARPS * (stage == QKV ? Piece<FORMAT_QKV>::BYTES : stage == OUT ? Piece<FORMAT_O>::BYTES : stage == GATE_UP ? Piece<FORMAT_GATE_UP>::BYTES : Piece<FORMAT_DOWN>::BYTES);
-            const u32 pieces = stage == QKV ? N_QKV : stage == OUT ? N_O : stage == GATE_UP ? N_GATE_UP : N_DOWN;
+            const u32 end = next + size * (stage == QKV ? N_QKV : stage == OUT ? N_O : stage == GATE_UP ? N_GATE_UP : N_DOWN);
 #pragma unroll 1
-            for (u32 piece = 0; piece < pieces; piece++, next += size) ring.ask(next, size, policy);
+            for (; next < end; next += size) {
+                ring.ask(weights + next, size, policy);
+                const u32 later = next + AHEAD * 1024;
+                if (AHEAD && later + size <= all)
+                    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(weights + later), "r"(size) : "memory");
+            }
         }
 }
 
@@ -121,6 +145,14 @@ __device__ __forceinline__ void block_barrier() { asm volatile("bar.sync %0, %1;
 #define MARK(i)
 #endif
 
+// Sums of the squares of a warp's 16 columns, of each of the block's tokens; by a warpgroup
+__device__ __forceinline__ void sum_squares(const Place& at, const float4& h, float (*sums)[8]) {
+    float sum = h.x * h.x + h.y * h.y + h.z * h.z + h.w * h.w;
+    sum += __shfl_xor_sync(0xffffffffu, sum, 8);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+    if (at.g < 2) sums[at.warp][2 * at.t + at.odd] = sum;
+}
+
 // The next norm's input h * factor and this tile's part of the sums of squares, from the block that owns the tokens:
 // each thread of a warpgroup has four columns of one token.
 __device__ __forceinline__ void post_stream(
@@ -129,10 +161,7 @@ __device__ __forceinline__ void post_stream(
     const u32 token = own.token, place = input + (token * WIDTH + own.column) * 2;
     if (token < TOKENS)
         post2(mail + place, pack_bf16(h.x * factor.x, h.y * factor.y), pack_bf16(h.z * factor.z, h.w * factor.w));
-    float sum = h.x * h.x + h.y * h.y + h.z * h.z + h.w * h.w;
-    sum += __shfl_xor_sync(0xffffffffu, sum, 8);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 16);
-    if (at.g < 2) sums[at.warp][token % 8] = sum;
+    sum_squares(at, h, sums);
     group_barrier(0);
     if (at.tid < 8 && at.part * 8 + at.tid < TOKENS) {
         const u32 box = squares + ((at.part * 8 + at.tid) * TILES + at.tile) * 4;
@@ -162,7 +191,7 @@ struct Squares {
         if (at.warp >= (4 * TOKENS + 31) / 32) return;
         for (u32 tries = 0; top_of(v) == EMPTY; tries++) {
             ask(at, from);
-            if (tries > PATIENCE) __trap();
+            if (tries > PATIENCE) give_up();
         }
         const float sum = quad_sum(__uint_as_float(v.x) + __uint_as_float(v.y) + __uint_as_float(v.z) + __uint_as_float(v.w));
         if (at.t == 0) roots[min(at.tid / 4, (u32)TOKENS - 1)] = rsqrtf(sum / WIDTH + eps);
@@ -208,14 +237,17 @@ __device__ __forceinline__ float4 sum_of_parts(const Place& at, const u8* parcel
     const u8* const box = parcels + ((at.tile * NT + at.part) * (PARTS * 2048) + at.tid % 128 * 16);
     await_parcel(box - at.lane * 16 + at.lane % PARTS * 2048, phase);
     uint4 v[PARTS];
+    u32 missing = (1 << PARTS) - 1;
     for (u32 tries = 0;; tries++) {
-        u32 missing = 0;
 #pragma unroll
-        for (int i = 0; i < PARTS; i++) v[i] = peek4(box + i * 2048);
+        for (int i = 0; i < PARTS; i++)
+            if (missing >> i & 1) v[i] = peek4(box + i * 2048);
+        u32 bad = 0;
 #pragma unroll
-        for (int i = 0; i < PARTS; i++) missing |= (v[i].x ^ phase) | (v[i].y ^ phase) | (v[i].z ^ phase) | (v[i].w ^ phase);
-        if (!(missing & 1)) break;
-        if (tries > PATIENCE) __trap();
+        for (int i = 0; i < PARTS; i++) bad |= (((v[i].x ^ phase) | (v[i].y ^ phase) | (v[i].z ^ phase) | (v[i].w ^ phase)) & 1) << i;
+        missing = any_lane(bad);
+        if (!missing) break;
+        if (tries > PATIENCE) give_up();
     }
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll

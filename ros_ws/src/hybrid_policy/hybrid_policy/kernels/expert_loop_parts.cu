@@ -9,13 +9,17 @@ constexpr int GROUPS = 2, WARPS = 4 * GROUPS, WORKERS = 32 * WARPS;  // warpgrou
 constexpr u32 EMPTY = 0xffffffffu;     // a word of mail that nobody has written: no product, no NaN of the hardware's has it
 constexpr u32 PATIENCE = 1u << 23;     // polls before a wait is called a hang (seconds)
 
+// A store to nowhere ends the launch with an error. (A trap is a way out of the kernel, and with one among the workers the
+// compiler gives them no more registers than they began with, whatever setmaxnreg says.)
+__device__ __forceinline__ void give_up() { asm volatile("st.global.u32 [%0], %1;" ::"l"(0ull), "r"(0) : "memory"); }
+
 __device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 
 // ---- barriers that count bytes
 
 __device__ __forceinline__ void wait_bytes(u32 barrier, u32 parity) {
     for (u32 tries = 0; !passed(barrier, parity); tries++)
-        if (tries > PATIENCE) __trap();
+        if (tries > PATIENCE) give_up();
 }
 
 // ---- weights: one bulk copy brings the next piece of all warps, in the order of their use, as soon as the last of
@@ -91,8 +95,14 @@ __device__ __forceinline__ u32 top_of(const uint2& v) { return max(v.x, v.y); }
 // the posts they wait for)
 __device__ __forceinline__ void await_word(const void* from) {
     for (u32 tries = 0; peek(from) == EMPTY; tries++)
-        if (tries > PATIENCE) __trap();
+        if (tries > PATIENCE) give_up();
     __syncwarp();
+}
+
+__device__ __forceinline__ u32 any_lane(u32 bits) {
+    u32 v;
+    asm volatile("redux.sync.or.b32 %0, %1, 0xffffffff;" : "=r"(v) : "r"(bits));
+    return v;
 }
 
 __device__ __forceinline__ void post(void* to, u32 value) {
@@ -121,11 +131,10 @@ __device__ __forceinline__ void post_bf16_parcel(void* to, const float (&v)[4], 
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"((u64)high << 32 | low) : "memory");
 }
 
-// a lane's word; see await_word
+// a lane's word, of eight sources; until one of them is there (few wait for parcels: what is missing then is asked for again)
 __device__ __forceinline__ void await_parcel(const void* from, u32 phase) {
-    for (u32 tries = 0; (peek(from) ^ phase) & 1; tries++)
-        if (tries > PATIENCE) __trap();
-    __syncwarp();
+    for (u32 tries = 0; !__any_sync(0xffffffffu, !((peek(from) ^ phase) & 1)); tries++)
+        if (tries > PATIENCE) give_up();
 }
 
 __device__ __forceinline__ uint2 peek2(const void* from) {
@@ -134,50 +143,58 @@ __device__ __forceinline__ uint2 peek2(const void* from) {
     return make_uint2((u32)v, (u32)(v >> 32));
 }
 
-// ---- activations: ``blocks`` (2 or 4) blocks of 64 columns of each token, from mail to shared memory as wgmma's B operand
-// (K-major, 128-byte swizzle): [block][token, 128 bytes, its eight 16-byte pieces XOR token % 8]. By a warpgroup, t is one's place
-// in it; stride: bytes from token to token. Rows behind TOKENS are the last one's: what becomes of them stays in their
-// own columns, and nobody looks.
+// ---- activations: two blocks of 64 columns of each token at a time, from mail to shared memory as wgmma's B operand (K-major,
+// 128-byte swizzle): [block][token, 128 bytes, its eight 16-byte pieces XOR token % 8]. By a warpgroup, t is one's place in it;
+// stride: bytes from token to token. Rows behind TOKENS are the last one's: what becomes of them stays in their own columns,
+// and nobody looks.
 
-// a word of every fourth token, of both halves of the columns: eight of them a warp
-__device__ __forceinline__ void await_tokens(const u8* from, u32 t, u32 group, u32 blocks, u32 stride) {
+// a word of every fourth token, here and ``apart`` bytes on: eight of them a warp
+__device__ __forceinline__ void await_tokens(const u8* from, u32 t, u32 group, u32 apart, u32 stride) {
     const u32 index = t / 32 * 8 + t % 8, token = min(index / 2 * 4, (u32)TOKENS - 1);
-    await_word(from + token * stride + index % 2 * (blocks * 64));
+    await_word(from + token * stride + index % 2 * apart);
     group_barrier(group);
 }
 
-__device__ __forceinline__ void take_tokens(u32 to, const u8* from, u32 t, u32 blocks, u32 stride) {
-    constexpr int TURNS = (MT + 15) / 16;  // of sixteen tokens
-    const u32 piece = t % 8, first = t / 8;
-    from += first * stride + piece * 16;
-    u32 offsets[TURNS];
+struct Taken {  // a lane's share of two blocks, on its way: products run while it comes
+    static constexpr int TURNS = (MT + 15) / 16;  // of sixteen tokens
+    uint4 v[2][TURNS];
+
+    // those of ``missing``, a bit each
+    __device__ __forceinline__ void ask(const u8* from, u32 t, u32 stride, u32 missing) {
+        const u32 first = t / 8;
+        from += first * stride + t % 8 * 16;
 #pragma unroll
-    for (int j = 0; j < TURNS; j++) offsets[j] = (j * 16 + 16 <= TOKENS ? j * 16 : min(first + j * 16, (u32)TOKENS - 1) - first) * stride;
-    to += first * 128 + ((piece ^ first % 8) * 16);
-    uint4 v[4][TURNS];
-    for (u32 tries = 0;; tries++) {
-        u32 top = 0;
+        for (int j = 0; j < TURNS; j++) {
+            const u32 offset = (j * 16 + 16 <= TOKENS ? j * 16 : min(first + j * 16, (u32)TOKENS - 1) - first) * stride;
 #pragma unroll
-        for (int b = 0; b < 4; b++)
-            if (b < 2 || blocks == 4)
-#pragma unroll
-                for (int j = 0; j < TURNS; j++) v[b][j] = peek4(from + (b * 128 + offsets[j]));
-#pragma unroll
-        for (int b = 0; b < 4; b++)
-            if (b < 2 || blocks == 4)
-#pragma unroll
-                for (int j = 0; j < TURNS; j++) top = max(top, top_of(v[b][j]));
-        if (top != EMPTY) break;
-        if (tries > PATIENCE) __trap();
+            for (int b = 0; b < 2; b++)
+                if (missing >> (2 * j + b) & 1) v[b][j] = peek4(from + (b * 128 + offset));
+        }
     }
+    __device__ __forceinline__ void ask(const u8* from, u32 t, u32 stride) { ask(from, t, stride, ~0u); }
+
+    __device__ __forceinline__ void keep(u32 to, const u8* from, u32 t, u32 stride) {
+        for (u32 tries = 0;; tries++) {
+            u32 bad = 0;
 #pragma unroll
-    for (int b = 0; b < 4; b++)
-        if (b < 2 || blocks == 4)
+            for (int b = 0; b < 2; b++)
+#pragma unroll
+                for (int j = 0; j < TURNS; j++) bad |= (top_of(v[b][j]) == EMPTY) << (2 * j + b);
+            const u32 missing = any_lane(bad);
+            if (!missing) break;
+            if (tries > PATIENCE) give_up();
+            ask(from, t, stride, missing);
+        }
+        const u32 piece = t % 8, first = t / 8;
+        to += first * 128 + ((piece ^ first % 8) * 16);
+#pragma unroll
+        for (int b = 0; b < 2; b++)
 #pragma unroll
             for (int j = 0; j < TURNS; j++)
                 if (j * 16 + 16 <= MT || first + j * 16 < MT) store_shared4(to + (b * MT + j * 16) * 128, v[b][j]);
-    publish_to_tensor_core();
-}
+        publish_to_tensor_core();
+    }
+};
 
 // ---- products of a warpgroup: 64 rows of W, from registers, by MT tokens, from shared memory
 
@@ -241,22 +258,21 @@ struct Words {
     }
 };
 
-// d = W x over ``pieces`` of the ring, of which ``words`` has the first; x: shared address of the first block of 64 columns.
-// Nothing is under way from piece to piece: else the compiler moves the sums elsewhere behind the loop before they are
+// d += W x over ``pieces`` of the ring, of which ``words`` has the first, and has the next one then, unless they are the stage's
+// last; x: shared address of the first block of 64 columns. Nothing is under way from piece to piece: else the compiler moves the sums elsewhere behind the loop before they are
 // there.
 template <int FORMAT>
-__device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& ring, u32 x, u32 pieces, u32 warp, u32 lane) {
+__device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& ring, u32 x, u32 pieces, bool last, u32 warp, u32 lane) {
     constexpr int BATCH = Piece<FORMAT>::PER16, APART = Piece<FORMAT>::STEPS / 4 * (MT * 8);  // blocks of four k steps
     // K-major, 128-byte swizzle, 1024 bytes from eight tokens to the next eight
     constexpr u32 HIGH = 64 | 1u << 30;
     u32 here = x >> 4 | 1 << 16;
-#pragma unroll
-    for (int i = 0; i < 4 * NT; i++) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i]));  // here, not long before
 #pragma unroll 1
     for (u32 piece = 0;;) {
+        u32 operands[2][BATCH][4];
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
-            u32 a[BATCH][4];
+            u32 (&a)[BATCH][4] = operands[i % 2];
 #pragma unroll
             for (int k = 0; k < BATCH; k++) {
                 u32 scales = 0;
@@ -274,8 +290,10 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& 
         }
         here += APART;
         const bool more = ++piece < pieces;
-        if (more) words.read(ring, warp, lane, FORMAT == 2);  // while the products are under way
+        if (more || !last) words.read(ring, warp, lane, FORMAT == 2);  // while the products are under way
         products_wait<0>();
+        pin(d);
+        hold(operands);
         if (!more) break;
     }
 }

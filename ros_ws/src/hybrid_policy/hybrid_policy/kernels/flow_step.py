@@ -61,7 +61,7 @@ def flow_step_reference(
     """The mathematics of `flow_step`."""
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
     if not first:
-        v = h.float() @ weights.out_weight.T + weights.out_bias
+        v = h.to(weights.out_weight.dtype) @ weights.out_weight.T + weights.out_bias
         pull = strength * guide.weights[:, None] * (guide.target - (x - t * v))
         x -= dt * (v - pull)
     x.copy_(torch.where(rows < guide.clean, guide.target, x))

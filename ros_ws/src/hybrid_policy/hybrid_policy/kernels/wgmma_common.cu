@@ -79,15 +79,6 @@ __device__ __forceinline__ u64 operand(u32 address) {
     return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
 }
 
-template <int REGISTERS>
-__device__ __forceinline__ void more_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
-template <int REGISTERS>
-__device__ __forceinline__ void fewer_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
-
 // ------------------------------------------------------------------------------------------------------------ numbers
 
 // One thread's register operand of a k step: ``word`` in the order of packing.pack_words, ``scales`` two bytes (rows r

@@ -83,6 +83,9 @@ class DeviceModel:
         self.suffix_x = torch.empty(config.horizon, expert.width, dtype=torch.float32, device=device)
         self.suffix_h = torch.empty(config.horizon, expert.width, dtype=dtype, device=device)
         self._fused_scale = weights.modulations.fused_scale() if fused else None
+        if weights.loop is not None:
+            last = weights.modulations.scale[-1, :, 0], weights.modulations.shift[-1, :, 0]
+            weights.loop.set_flow(weights.flow, last, times, self._strengths)
         self._expert_attention: ExpertAttention | None = None
         if table.expert == "cluster":
             self._expert_attention = ExpertAttention(
@@ -157,22 +160,22 @@ class DeviceModel:
 
     def run_denoise(self, inputs: Inputs) -> None:
         """Noise to actions in ``x``: all flow steps."""
-        fused = self.table.expert != "split"
-        step = self._glue["flow_step"]
         loop = self.weights.loop
-        h = self.suffix_h if fused and loop is None else self.suffix_x
-        n = self.config.num_steps
         if loop is not None:
             loop.start()
+            loop(inputs.noise, self.x, inputs.guide, self.keys, self.values, inputs.valid, self.tables)
+            return
+        fused = self.table.expert != "split"
+        step = self._glue["flow_step"]
+        h = self.suffix_h if fused else self.suffix_x
+        n = self.config.num_steps
         self.x.copy_(inputs.noise)
         common = (self.weights.flow, inputs.guide)
         step(h, self.x, h, *common, 0.0, 0.0, 0.0, first=True)
         modulations = self.weights.modulations
         for k, (t, strength) in enumerate(zip(self._times, self._strengths, strict=True)):
             if fused:
-                if loop is not None:
-                    loop(h, k, self.keys, self.values, inputs.valid, self.tables)
-                elif self.table.expert == "cluster":
+                if self.table.expert == "cluster":
                     self._cluster_step(k, inputs)
                 else:
                     self._fused_step(k, inputs)

@@ -106,7 +106,7 @@ class DeviceWeights:
     expert: list[GemmaLayer]
     fused: list[FusedLayer]
     cluster: list[ClusterLayer]
-    #: all layers in one launch, where the stages say so
+    #: the whole flow in one launch, where the stages say so
     loop: ExpertLoop | None
     modulations: Modulations
     flow: FlowWeights
@@ -366,7 +366,8 @@ def _expert_loop(packer: _Packer, config: Pi05Config, modulations: Modulations, 
         if loop is None:
             formats = {name: expert_kernels.format_of(weights[0]) for name, weights in stages.items()}
             device = modulations.scale.device
-            loop = ExpertLoop(gemma.depth, config.num_steps, config.horizon, capacity, formats, device, pdl=pdl)
+            chunk = (config.horizon, config.max_action_dim)
+            loop = ExpertLoop(gemma.depth, config.num_steps, *chunk, capacity, formats, device, pdl=pdl)
         scales, shifts, gates = (
             (table[2 * i, :, 0], table[2 * i + 1, :, 0])
             for table in (modulations.scale, modulations.shift, modulations.gate)

@@ -220,7 +220,8 @@ def choose_table(
         stored = {name: known[p] for name, p in formats.items()}
         heads = (gemma.heads, gemma.kv_heads, gemma.head_dim)
         rows = config.prefix_tokens + config.horizon
-        if expert_loop.fits_device(device, config.horizon, rows, gemma.width, gemma.mlp_dim, heads, stored):
+        chunk = (config.horizon, config.max_action_dim)
+        if expert_loop.fits_device(device, *chunk, rows, gemma.width, gemma.mlp_dim, heads, stored):
             return table
         if expert_kernels.fits_device(device, config.horizon, gemma.width, gemma.mlp_dim, heads, stored):
             return dataclasses.replace(table, expert="cluster")

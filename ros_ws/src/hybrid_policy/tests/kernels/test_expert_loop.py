@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels import expert, expert_loop, fp8, nvfp4
+from hybrid_policy.kernels import expert, expert_loop, expert_loop_packing, fp8, nvfp4
 from hybrid_policy.kernels.expert_reference import ReferenceLayer, layer_reference
+from hybrid_policy.kernels.flow_step import FlowWeights, Guide, flow_step_reference
 from hybrid_policy.kernels.qkv import rope_tables
 
 from .machine_code import compiled, disassembled, nvcc
@@ -14,7 +15,7 @@ from .machine_code import compiled, disassembled, nvcc
 H100_LIMIT = 232448  # bytes of shared memory a block
 HYBRID = {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "e4m3"}
 SEED = HYBRID | {"qkv": "bf16", "o": "bf16"}
-BF16 = dict.fromkeys(expert_loop.STAGES, "bf16")
+BF16 = dict.fromkeys(expert_loop_packing.STAGES, "bf16")
 hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not hopper, reason="needs a Hopper GPU (compute capability 9.0)")]
 
@@ -37,7 +38,7 @@ def operand(fmt, words, scale_word, k8, r8, e):
     return as_bf16(pairs[2 * k8 + r8] >> half) * 2.0**126 * as_bf16(scale_word >> 16 * r8) * 2.0**-119
 
 
-@pytest.mark.parametrize("fmt", expert_loop.SIXTEEN)
+@pytest.mark.parametrize("fmt", expert_loop_packing.SIXTEEN)
 def test_pieces_hold_every_weight(fmt):
     """Walk every element by the module's description; read it as the kernel does."""
     torch.manual_seed(0)
@@ -49,9 +50,9 @@ def test_pieces_hold_every_weight(fmt):
     else:
         values = torch.randn(n, k).to(torch.bfloat16 if fmt == "bf16" else torch.float8_e4m3fn)
         expected = values.double()
-    cut = expert_loop.pieces(fmt, values, scales)
-    per16, size = expert_loop.SIXTEEN[fmt]
-    sixteens = expert_loop.LOADS
+    cut = expert_loop_packing.pieces(fmt, values, scales)
+    per16, size = expert_loop_packing.SIXTEEN[fmt]
+    sixteens = expert_loop_packing.LOADS
     assert cut.shape == (n // 16, k // 16 // (sixteens * per16), sixteens * size)
     for row in range(0, n, 3):
         for column in range(0, k, 5):
@@ -71,15 +72,15 @@ def test_pieces_hold_every_weight(fmt):
             assert got == expected[row, column].item(), (row, column)
 
 
-@pytest.mark.parametrize("stage", expert_loop.STAGES)
+@pytest.mark.parametrize("stage", expert_loop_packing.STAGES)
 def test_every_weight_has_one_warp(stage):
-    rows, k, steps = expert_loop.STAGES[stage]
-    tiles, first = expert_loop._shares(stage)
-    active = expert_loop.QKV_BLOCKS if stage == "qkv" else len(tiles)
+    rows, k, steps = expert_loop_packing.STAGES[stage]
+    tiles, first = expert_loop_packing.shares(stage)
+    active = expert_loop_packing.QKV_BLOCKS if stage == "qkv" else len(tiles)
     seen = torch.zeros(rows // 16, k // 16, dtype=torch.int64)
     for block in range(active):
-        for warp in range(expert_loop.WARPS):
-            seen[tiles[block, warp], first[block, warp] : first[block, warp] + steps // expert_loop.GROUPS] += 1
+        for warp in range(expert_loop_packing.WARPS):
+            seen[tiles[block, warp], first[block, warp] : first[block, warp] + steps // expert_loop_packing.GROUPS] += 1
     assert (seen == 1).all()
 
 
@@ -103,9 +104,11 @@ def test_what_does_not_fit_has_no_plan(tokens, capacity):
 def test_machine_code(tmp_path, formats):
     """No spills, wgmma in flight (a serialised one waits for each product), the host's count of shared memory."""
     plan = expert_loop.plan_loop(50, 762, formats, H100_LIMIT)
-    macros = {"TOKENS": 50, "MT": 56, "KEYS": plan.keys, "SLOTS": plan.slots, "PDL": 1, "TRACE": 0}
+    macros = {"TOKENS": 50, "ACTIONS": 32, "MT": 56, "KEYS": plan.keys, "SLOTS": plan.slots, "PDL": 1, "TRACE": 0}
+    macros["AHEAD"] = 64
     macros |= {f"FORMAT_{name.upper()}": expert.FORMATS[fmt] for name, fmt in formats.items()}
-    counted = f"static_assert(SHARED == {plan.shared()} && MAIL == {plan.mail_words * 4});"
+    sizes = {"SHARED": plan.shared(), "MAIL": plan.mail_words * 4, "PARCELS": plan.parcel_words * 4}
+    counted = " ".join(f"static_assert({name} == {size});" for name, size in sizes.items())
     assert "HGMMA" in disassembled(compiled(tmp_path, expert_loop.SOURCES, macros, epilogue=counted))
 
 
@@ -116,9 +119,13 @@ def weight_of(fmt, n, k):
     return fp8.quantize(dense, per_row=False) if fmt == "e4m3" else nvfp4.quantize(dense, rule="max")
 
 
+ACTIONS = 27
+
+
 def build(formats, layers, steps, tokens, valid, capacity):
-    loop = expert_loop.ExpertLoop(layers, steps, tokens, capacity, formats, torch.device("cuda"))
-    keys = torch.randn(layers, capacity, 1, expert_loop.HEAD_DIM, device="cuda").bfloat16()
+    """A packed loop, and what it should give: (noise, guide) -> actions float64."""
+    loop = expert_loop.ExpertLoop(layers, steps, tokens, ACTIONS, capacity, formats, torch.device("cuda"))
+    keys = torch.randn(layers, capacity, 1, expert_loop_packing.HEAD_DIM, device="cuda").bfloat16()
     values = torch.randn_like(keys)
     keys[:, valid:], values[:, valid:] = math.nan, math.nan  # nobody may look there
     shapes = {
@@ -134,7 +141,8 @@ def build(formats, layers, steps, tokens, valid, capacity):
             tuple(offset + 0.3 * torch.randn(steps, 1024, device="cuda") for _ in range(2)) for offset in (1, 0, 0.7)
         )
         for stage, rows in shapes.items():
-            weights = {name: weight_of(formats[stage], n, expert_loop.STAGES[stage][1]) for name, n in rows.items()}
+            k = expert_loop_packing.STAGES[stage][1]
+            weights = {name: weight_of(formats[stage], n, k) for name, n in rows.items()}
             loop.pack(i, stage, list(weights.values()), {"qkv": shifts[0], "gate_up": shifts[1]}.get(stage))
             dense |= {name: expert.decoded(*expert.stack([w])) for name, w in weights.items()}
         loop.modulate(i, factors, gates)
@@ -148,7 +156,36 @@ def build(formats, layers, steps, tokens, valid, capacity):
                 for s in range(steps)
             ]
         )
-    return loop, reference, keys, values, rope_tables(capacity, expert_loop.HEAD_DIM, torch.device("cuda"))
+    flow = FlowWeights(
+        torch.randn(ACTIONS, 1024, device="cuda") / 32, torch.randn(ACTIONS, device="cuda"),
+        torch.randn(1024, ACTIONS, device="cuda") / 5, torch.randn(1024, device="cuda"),
+    )  # fmt: skip
+    norm = 1 + 0.3 * torch.randn(steps, 1024, device="cuda"), 0.3 * torch.randn(steps, 1024, device="cuda")
+    times, strengths = [1 - s / steps for s in range(steps)], [0.5 * (s + 1) for s in range(steps)]
+    loop.set_flow(flow, norm, times, strengths)
+    tables = rope_tables(capacity, expert_loop_packing.HEAD_DIM, torch.device("cuda"))
+
+    def expected(noise, guide):
+        x, h = noise.double(), torch.empty(tokens, 1024, dtype=torch.float64, device="cuda")
+        wide = FlowWeights(*(getattr(flow, name).double() for name in FlowWeights.__dataclass_fields__))
+        target = Guide(guide.target.double(), guide.weights.double(), guide.clean)
+        flow_step_reference(h, x, h, wide, target, 0.0, 0.0, 0.0, first=True)
+        for s in range(steps):
+            for i in range(layers):
+                prefix = keys[i, :valid].double(), values[i, :valid].double()
+                h = layer_reference(h, reference[i][s], *prefix, tables)
+            root = torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
+            normed = h * root * norm[0][s].double() + norm[1][s].double()
+            flow_step_reference(normed, x, h, wide, target, times[s], 1 / steps, strengths[s])
+        return x
+
+    def run(noise, guide):
+        actions, start = torch.full_like(noise, math.nan), torch.tensor([valid], dtype=torch.int32, device="cuda")
+        loop.start()
+        loop(noise, actions, guide, keys, values, start, tables)
+        return actions
+
+    return run, expected
 
 
 @pytest.mark.parametrize("formats", [HYBRID, BF16], ids=["hybrid", "bf16"])
@@ -156,35 +193,27 @@ def build(formats, layers, steps, tokens, valid, capacity):
 class TestLoop:
     pytestmark = gpu
 
-    def test_two_steps_of_two_layers(self, formats, tokens, valid, capacity):
+    def test_three_steps_of_two_layers(self, formats, tokens, valid, capacity):
         torch.manual_seed(0)
-        loop, reference, keys, values, tables = build(formats, 2, 2, tokens, valid, capacity)
-        start = torch.tensor([valid], dtype=torch.int32, device="cuda")
-        h = torch.randn(tokens, 1024, device="cuda")
-        expected = h.double()
-        for step in range(2):
-            for i in range(2):
-                prefix = keys[i, :valid].double(), values[i, :valid].double()
-                expected = layer_reference(expected, reference[i][step], *prefix, tables)
-        results = []
-        for _ in range(3):
-            x = h.clone()
-            loop.start()
-            for step in range(2):
-                loop(x, step, keys, values, start, tables)
-            results.append(x)
-        assert ((results[0].double() - expected).norm() / expected.norm()).item() < 6e-3
-        assert all(torch.equal(results[0], again) for again in results)
-        x = h.clone()
-        x[1, 5] = math.nan  # goes to that token, and to those that attend to it: all
-        loop.start()
-        loop(x, 0, keys, values, start, tables)
-        assert x[1].isnan().all()
+        run, expected = build(formats, 2, 3, tokens, valid, capacity)
+        noise = torch.randn(tokens, ACTIONS, device="cuda")
+        ramp = torch.linspace(1, 0, tokens, device="cuda")
+        target = torch.randn_like(noise)
+        for weights, clean in ((0 * ramp, 0), (ramp, 0), (ramp, 5)):
+            guide = Guide(target, weights, torch.tensor([clean], dtype=torch.int32, device="cuda"))
+            moved = expected(noise, guide) - noise
+            results = [run(noise, guide) for _ in range(3)]
+            assert ((results[0] - noise - moved).norm() / moved.norm()).item() < 6e-3
+            assert all(torch.equal(results[0], again) for again in results)
+            assert torch.equal(results[0][:clean], target[:clean])
+        noise[1, 5] = math.nan  # goes to that token, and to those that attend to it: all
+        free = Guide(target, 0 * ramp, torch.tensor([0], dtype=torch.int32, device="cuda"))
+        assert run(noise, free).isnan().all()
 
 
 def test_a_wrong_weight_is_refused():
     if not hopper:
         pytest.skip("needs a Hopper GPU (compute capability 9.0)")
-    loop = expert_loop.ExpertLoop(1, 1, 50, 610, BF16, torch.device("cuda"))
+    loop = expert_loop.ExpertLoop(1, 1, 50, 32, 610, BF16, torch.device("cuda"))
     with pytest.raises(InputError, match=r"layers\.0\.o"):
         loop.pack(0, "o", [torch.zeros(1024, 1024, device="cuda").bfloat16()])
