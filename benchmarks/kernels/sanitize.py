@@ -27,6 +27,8 @@ import torch
 from hybrid_policy.kernels import (
     activations,
     expert,
+    expert_loop,
+    expert_loop_packing,
     flow_step,
     fp8,
     hopper_product,
@@ -182,6 +184,35 @@ def expert_layer() -> Outputs:
     return outs | {"attention": out}
 
 
+def loop() -> Outputs:
+    """expert_loop: two steps of two layers, so that rings, mail and parcels turn over; three formats and one."""
+    outs: Outputs = {}
+    tokens, actions, capacity, layers, steps = 16, 32, 40, 2, 2
+    hybrid = {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "e4m3"}
+    for formats in (hybrid, dict.fromkeys(expert_loop_packing.STAGES, "bf16")):
+        call = expert_loop.ExpertLoop(layers, steps, tokens, actions, capacity, formats, torch.device("cuda"))
+        width = expert_loop_packing.WIDTH
+        for i in range(layers):
+            for stage, (rows, k, _) in expert_loop_packing.STAGES.items():
+                dense, fmt = normal(rows, k) / k**0.5, formats[stage]
+                packed = dense.bfloat16() if fmt == "bf16" else fp8.quantize(dense, per_row=False)
+                weight = nvfp4.quantize(dense, rule="max") if fmt == "nvfp4" else packed
+                call.pack(i, stage, [weight], normal(steps, k) if stage in ("qkv", "gate_up") else None)
+            call.modulate(i, *(tuple(normal(steps, width) for _ in range(2)) for _ in range(2)))
+        weights = flow_step.FlowWeights(normal(actions, width), normal(actions), normal(width, actions), normal(width))
+        call.set_flow(weights, (normal(steps, width), normal(steps, width)), [1.0, 0.5], [1.0, 2.0])
+        guide = flow_step.Guide(
+            normal(tokens, actions), normal(tokens), torch.ones(1, device="cuda", dtype=torch.int32)
+        )
+        keys, values = (normal(layers, capacity, 1, expert_loop_packing.HEAD_DIM).bfloat16() for _ in range(2))
+        valid, noise = torch.full((1,), 19, device="cuda", dtype=torch.int32), normal(tokens, actions)
+        tables, out = qkv.rope_tables(capacity, expert_loop_packing.HEAD_DIM, "cuda"), torch.empty_like(noise)
+        call.start()
+        call(noise, out, guide, keys, values, valid, tables)
+        outs[formats["gate_up"]] = out
+    return outs
+
+
 def flow() -> Outputs:
     """flow_step at the model's width, its norm in and out, first and later steps."""
     tokens, actions, width = 3, 32, 1024
@@ -244,14 +275,13 @@ def product() -> Outputs:
 
 
 GROUPS: dict[str, Callable[[], Outputs]] = {
-    "gate_up": gate_up, "down": down, "stream": stream, "rows": rows, "expert": expert_layer, "flow": flow,
-    "vision": vision, "prefix_attention": prefix, "product": product,
+    "gate_up": gate_up, "down": down, "stream": stream, "rows": rows, "expert": expert_layer, "loop": loop,
+    "flow": flow, "vision": vision, "prefix_attention": prefix, "product": product,
 }  # fmt: skip
 #: Kernels that have their own GPU tests, sanitised through these.
 TEST_GROUPS = (
     "glue=test_glue.py",
     "inputs=test_prefix_kernels.py:TestGe or cut_patches or gather_rows",
-    "loop=test_expert_loop.py",
 )
 
 

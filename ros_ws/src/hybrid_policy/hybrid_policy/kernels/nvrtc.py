@@ -55,7 +55,7 @@ def compile_cubin(source: str, name: str, arch: str, macros: tuple[tuple[str, in
     lib = _nvrtc()
     program = ctypes.c_void_p()
     _nvrtc_check(lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None), "create")
-    options = [f"--gpu-architecture={arch}", "-std=c++17", *(f"-D{key}={value}" for key, value in macros)]
+    options = [f"--gpu-architecture={arch}", "-std=c++17", "-lineinfo", *(f"-D{key}={value}" for key, value in macros)]
     array = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
     if lib.nvrtcCompileProgram(program, len(options), array) != 0:
         size = ctypes.c_size_t()
@@ -170,7 +170,9 @@ def _load(
     device: int,
     prelude: str,
 ) -> tuple[Any, Any]:
-    text = "\n".join([prelude, *(source.read_text(encoding="utf-8") for source in sources)])
+    # with the names and lines of the files, for compile errors, sanitizers and profilers
+    parts = [f'#line 1 "{source.name}"\n{source.read_text(encoding="utf-8")}' for source in sources]
+    text = "\n".join([prelude, *parts])
     cubin = compile_cubin(text, sources[-1].name, arch, macros)
     module, handle = ctypes.c_void_p(), ctypes.c_void_p()
     _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin), "module")
