@@ -9,7 +9,8 @@
 // The result goes through shared memory: [token][64 features] a warpgroup, beside the ring where there is room, else
 // (HELD) in place of the warpgroup's own part of the last stages that it multiplied, which it then gives back late.
 //
-// EIGHT: E4M3 in and out, a row scale for each token, one scale for out. Then W comes by maps that put features 2i and
+// EIGHT: E4M3 in and out, both with a scale for each token; out's comes from the token's sum of squares, which bounds
+// its gate and up, so that nothing waits for a row's largest value. Then W comes by maps that put features 2i and
 // 2i + 1 into rows i and i + 8 of a sixteen: a thread holds them as the two bytes of a 16-bit word, and words is what
 // stmatrix transposes. Otherwise bf16 in and out.
 //
@@ -33,7 +34,7 @@ constexpr int FIRST = PIECES == 1 ? NT : (NT + 15) / 16 * 8;  // tokens of the f
 constexpr int STAGING = HELD ? 0 : PIECES * FIRST * TOKEN_BYTES;
 constexpr int AT_STAGING = STAGES * STAGE_BYTES;
 constexpr int AT_SCALES = AT_STAGING + 2 * STAGING;
-constexpr int AT_BARRIERS = AT_SCALES + (EIGHT ? 2 * NT * 4 : 0);
+constexpr int AT_BARRIERS = AT_SCALES + (EIGHT ? 2 * NT * 6 : 0);
 static_assert(AT_BARRIERS + 16 * STAGES <= SHARED, "shared memory");
 static_assert(NT % 8 == 0 && NT <= 256 && FIRST * TOKEN_BYTES <= W_PART, "tile");
 static_assert(HELD ? STAGES > PIECES : STAGES > 1, "stages");
@@ -43,11 +44,12 @@ struct alignas(64) Arguments {
     u8 gate[128], up[128];  // tensor maps: boxes of 64 rows
     u8 x[128];              // boxes of X_ROWS rows
     u8 out[2][128];         // boxes of FIRST and of NT - FIRST tokens, 64 features
-    const float* row_scale; // [tokens], where EIGHT
+    const float* row_scale; // [tokens], where EIGHT: of x
+    const float* squares;   // [tokens], of x's rows as they were before they were rounded
+    float* out_scale;       // [tokens]: squares * out_factor, about
     int tokens, features, token_tiles, pairs;
     int chunks;             // stages of K
-    float weight_scale;
-    float out_half;         // half of what the product is multiplied by before it is rounded
+    float weight_scale, out_factor;
 };
 
 struct Ring {
@@ -180,7 +182,7 @@ struct Consumer {
     Ring ring;
     float gate[NT / 2], up[NT / 2];
 
-    // this warp's leave for every block that copies into the stage (or, where ``arrivals`` is 4, the warpgroup's)
+    // this warp has read the stage: to every block that copies into it
     __device__ __forceinline__ void release(u32 stage) {
         if (CLUSTER == 1) {
             if (lane == 0) arrive(b.empty(stage));
@@ -202,7 +204,8 @@ struct Consumer {
         if (HELD) return b.w(stage_before(1 + piece)) + wg * W_PART;
         return b.memory + AT_STAGING + wg * STAGING + piece * (FIRST * TOKEN_BYTES);
     }
-    __device__ __forceinline__ u32 scales() const { return b.memory + AT_SCALES + wg * (NT * 4); }
+    // [NT] of gate and up, float32; behind them [NT] half of out's inverse, bf16
+    __device__ __forceinline__ u32 scales() const { return b.memory + AT_SCALES + wg * (NT * 6); }
 
     __device__ __forceinline__ void tile_products(bool held) {
 #pragma unroll 1
@@ -233,18 +236,27 @@ struct Consumer {
         if (!HELD) release(stage_before(1));
     }
 
-    __device__ __forceinline__ void load_scales(int token) {
+    __device__ __forceinline__ void load_scales(const Tile& tile) {
         for (int t = warp * 32 + lane; t < NT; t += 128) {
-            const float scale = token + t < a.tokens ? a.row_scale[token + t] * a.weight_scale : 0.0f;
+            const int token = tile.token + t;
+            const bool inside = token < a.tokens;
+            const float scale = inside ? a.row_scale[token] * a.weight_scale : 0.0f;
+            // of a row of zeros, too, the inverse is finite; NaN stays NaN
+            const u16 half = to_bf16(0.5f / max_or_nan(inside ? a.squares[token] * a.out_factor : 1.0f, 1e-30f));
+            if (inside && tile.feature == 0 && wg == 0) a.out_scale[token] = 0.5f / low_of(half);
             asm volatile("st.shared.f32 [%0], %1;" ::"r"(scales() + t * 4), "f"(scale) : "memory");
+            asm volatile("st.shared.u16 [%0], %1;" ::"r"(scales() + NT * 4 + t * 2), "h"(half) : "memory");
         }
     }
 
     // features 2q, 2q + 1 (a byte each) of tokens 8j + 2(lane % 4) and the next (a half each)
     __device__ __forceinline__ u32 bytes_of(int j) const {
+        const u32 at = scales(), token = 8 * j + 2 * (lane % 4);
         float2 s;
-        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(s.x), "=f"(s.y) : "r"(scales() + (8 * j + 2 * (lane % 4)) * 4));
-        const float hx = s.x * a.out_half, hy = s.y * a.out_half;
+        u32 halves;
+        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(s.x), "=f"(s.y) : "r"(at + token * 4));
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(halves) : "r"(at + NT * 4 + token * 2));
+        const float hx = s.x * low_of(halves), hy = s.y * high_of(halves);
         return pack_e4m3(twice_geglu(gate[4 * j] * s.x, up[4 * j] * hx), twice_geglu(gate[4 * j + 2] * s.x, up[4 * j + 2] * hx),
                          twice_geglu(gate[4 * j + 1] * s.y, up[4 * j + 1] * hy),
                          twice_geglu(gate[4 * j + 3] * s.y, up[4 * j + 3] * hy));
@@ -295,7 +307,7 @@ struct Consumer {
             const int feature = tile.feature + wg * 64;
             if (feature < a.features) {
                 store_box(a.out[0], feature, tile.token, staging(0));
-                if (PIECES == 2 && tile.token + FIRST < a.tokens) store_box(a.out[1], feature, tile.token + FIRST, staging(1));
+                if (PIECES == 2) store_box(a.out[1], feature, tile.token + FIRST, staging(1));
             }
             stores_commit();
         }
@@ -330,7 +342,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
         if (LAG > 0 && c.wg == 1) wait(b.full(LAG), 0);
         for (int pair = first; pair < a.pairs; pair += step) {
             const Tile tile(a, pair, b.rank);
-            if (EIGHT) c.load_scales(tile.token);
+            if (EIGHT) c.load_scales(tile);
             c.tile_products(pair != first);
             c.finish(tile);
         }

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels.norm import E4M3_MAX
 from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
 from hybrid_policy.kernels.tensor_map import paired_map, tensor_map
 
@@ -75,7 +74,7 @@ class GateUpPlan:
     def _shared(self, *, held: bool) -> int:
         staging = 0 if held else 2 * self.pieces * self.first_piece * (64 if self.eight else 128)
         ring = self.stages * (_W_BYTES + self.nt * 128)
-        return ring + staging + (8 * self.nt if self.eight else 0) + 16 * self.stages
+        return ring + staging + (12 * self.nt if self.eight else 0) + 16 * self.stages
 
     def pairs(self, m: int, features: int) -> int:
         """Tiles of clusters for [M, 2 * features]."""
@@ -94,7 +93,7 @@ class GateUpPlan:
 
 def make_plan(eight: bool, nt: int, *, share_w: bool = False, lag: int = 0, cluster: int = 2) -> GateUpPlan:
     """With as many stages as there is memory for, six at most."""
-    stages = min(6, (SHARED - 8 * nt - 96) // (_W_BYTES + nt * 128))
+    stages = min(6, (SHARED - 12 * nt - 96) // (_W_BYTES + nt * 128))
     return GateUpPlan(eight, nt, stages, share_w, lag, cluster)
 
 
@@ -139,10 +138,10 @@ def product_source(plan: GateUpPlan) -> str:
 class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_ubyte * 128) for name in ("gate", "up", "x", "out", "out_rest")),
-        ("row_scale", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("row_scale", "squares", "out_scale")),
         *((name, ctypes.c_int) for name in ("tokens", "features", "token_tiles", "pairs", "chunks")),
-        *((name, ctypes.c_float) for name in ("weight_scale", "out_half")),
-        ("pad", ctypes.c_ubyte * 28),  # to a multiple of 64
+        *((name, ctypes.c_float) for name in ("weight_scale", "out_factor")),
+        ("pad", ctypes.c_ubyte * 12),  # to a multiple of 64
     ]
 
 
@@ -164,17 +163,21 @@ def gate_up_product(
     weight: Tensor,
     *,
     row_scale: Tensor | None = None,
+    squares: Tensor | None = None,
+    out_scale: Tensor | None = None,
     weight_scale: float = 1.0,
-    out_scale: float | None = None,
+    out_factor: float = 1.0,
     pdl: bool = False,
     plan: GateUpPlan | None = None,
 ) -> Tensor:
-    """gelu_tanh(gate) * up of [gate, up] = x W.T, in bf16; or, with all scales, in E4M3.
+    """gelu_tanh(gate) * up of [gate, up] = x W.T, in bf16; or in E4M3 with a scale a row.
 
     Args:
-        x: [M, K], contiguous, bf16; or float8_e4m3fn, its rows divided by ``row_scale`` float32 [M].
+        x: [M, K], contiguous, bf16; or float8_e4m3fn, its rows divided by ``row_scale``.
         weight: [2 * features, K] of x's dtype, gate first, contiguous; in E4M3 divided by ``weight_scale``.
-        out_scale: E4M3 only: what the result is divided by; values beyond 448 of it saturate, NaN stays NaN.
+        row_scale, squares: float32 [M], E4M3 only: of x, and the sums of its rows' squares.
+        out_scale: float32 [M], E4M3 only: receives what the rows of the result are divided by, ``squares`` times
+            ``out_factor`` to three digits; the factor decides whether values saturate (`static_scales`). NaN stays NaN.
         plan: instead of `plan_gate_up`'s.
 
     Returns:
@@ -195,11 +198,11 @@ def gate_up_product(
         got = (tuple(x.shape), x.dtype, tuple(weight.shape), weight.dtype)
         expected = "contiguous [M, K] and [2 F, K] of one of bf16 and float8_e4m3fn, F and K multiples of 16, K > 128"
         raise InputError.at("gate_up_product", "x, weight", got, expected)
-    if (row_scale is not None) != eight or (out_scale is not None) != eight:
-        expected = "both with float8_e4m3fn, neither with bf16"
-        raise InputError.at("gate_up_product", "row_scale, out_scale", (row_scale is not None, out_scale), expected)
-    if row_scale is not None and (row_scale.shape != (m,) or row_scale.dtype != torch.float32):
-        raise InputError.at("gate_up_product", "row_scale", (tuple(row_scale.shape), row_scale.dtype), f"float32 [{m}]")
+    vectors = {"row_scale": row_scale, "squares": squares, "out_scale": out_scale}
+    for name, vector in vectors.items():
+        given = None if vector is None else (tuple(vector.shape), vector.dtype)
+        if given != (((m,), torch.float32) if eight else None):
+            raise InputError.at("gate_up_product", name, given, f"float32 [{m}] with float8_e4m3fn, None with bf16")
     processors = _processors(x.device.index)
     plan = plan or plan_gate_up(eight, m, features, k, processors)
     chunks = math.ceil(k * x.dtype.itemsize / 128)
@@ -208,9 +211,10 @@ def gate_up_product(
     out = torch.empty(m, features, dtype=x.dtype, device=x.device)
     pairs = plan.pairs(m, features)
     arguments = _Arguments(
-        row_scale=None if row_scale is None else row_scale.data_ptr(), tokens=m, features=features,
+        **{name: None if vector is None else vector.data_ptr() for name, vector in vectors.items()},
+        tokens=m, features=features,
         token_tiles=math.ceil(m / plan.nt), pairs=pairs, chunks=chunks,
-        weight_scale=weight_scale, out_half=0.5 / (out_scale or 1.0),
+        weight_scale=weight_scale, out_factor=out_factor,
     )  # fmt: skip
     w_map, width = (paired_map, 64) if eight else (tensor_map, 128)
     ctypes.memmove(arguments.gate, w_map(weight[:features], 64), 128)
@@ -225,19 +229,13 @@ def gate_up_product(
 
 
 def gate_up_reference(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    row_scale: Tensor | None = None,
-    weight_scale: float = 1.0,
-    out_scale: float | None = None,
+    x: Tensor, weight: Tensor, *, row_scale: Tensor | None = None, weight_scale: float = 1.0
 ) -> Tensor:
-    """The mathematics of `gate_up_product` in x's wide form, float64: [M, features], still divided by ``out_scale``."""
+    """The mathematics of `gate_up_product`, in float64: [M, features], not divided by any scale."""
     gate, up = (x.double() @ weight.double().T * weight_scale).chunk(2, -1)
     if row_scale is not None:
         gate, up = gate * row_scale.double()[:, None], up * row_scale.double()[:, None]
-    result = torch.nn.functional.gelu(gate, approximate="tanh") * up
-    return result if out_scale is None else (result / out_scale).clamp(-E4M3_MAX, E4M3_MAX)
+    return torch.nn.functional.gelu(gate, approximate="tanh") * up
 
 
 @functools.cache

@@ -48,6 +48,7 @@ class Projection:
         self._packed: PackedLinear | None = None
         self._column_scale: Tensor | None = None
         self._weight: Tensor
+        self._factor = 1.0
         self._input_scale = torch.full((), 1.0 if input_scale is None else input_scale, device=_device(first))
         if isinstance(first, NVFP4Tensor):
             if len(weights) > 1:
@@ -91,7 +92,12 @@ class Projection:
     def whole(self) -> tuple[Tensor, float] | None:
         """FP8 values [N, K] and the one factor that makes ``x W.T`` y; None unless ``input_scale`` was given and one
         scale holds for all columns."""
-        if self.input_scale is None or self._column_scale is not None:
+        return None if self.input_scale is None else self.held()
+
+    def held(self) -> tuple[Tensor, float] | None:
+        """The weight as it is held, [N, K] in E4M3 or the model's dtype, and the factor that makes ``x W.T`` y (but for
+        the rows' scale, where ``quantised``); None where the weights are NVFP4 or their scales differ."""
+        if self._packed is not None or self._column_scale is not None:
             return None
         return self._weight, self._factor
 

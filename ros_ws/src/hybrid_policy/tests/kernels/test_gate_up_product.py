@@ -70,12 +70,13 @@ def test_inputs_of_other_shapes_are_refused():
         gate_up.gate_up_product(x, w[:, :128].contiguous())
     with pytest.raises(InputError, match="x, weight"):
         gate_up.gate_up_product(x, w.float())
-    with pytest.raises(InputError, match="row_scale, out_scale"):
-        gate_up.gate_up_product(x, w, out_scale=1.0)
-    with pytest.raises(InputError, match="row_scale, out_scale"):
-        gate_up.gate_up_product(x.to(FP8), w.to(FP8), out_scale=1.0)
+    with pytest.raises(InputError, match="out_scale"):
+        gate_up.gate_up_product(x, w, out_scale=torch.ones(3))
+    row = torch.ones(3)
+    with pytest.raises(InputError, match="squares"):
+        gate_up.gate_up_product(x.to(FP8), w.to(FP8), row_scale=row, out_scale=row)
     with pytest.raises(InputError, match="row_scale"):
-        gate_up.gate_up_product(x.to(FP8), w.to(FP8), out_scale=1.0, row_scale=torch.ones(4))
+        gate_up.gate_up_product(x.to(FP8), w.to(FP8), out_scale=row, squares=row, row_scale=torch.ones(4))
 
 
 # ---- machine code ------------------------------------------------------------------------------------------
@@ -107,12 +108,25 @@ def test_machine_code(tmp_path, plan):
 
 
 def inputs(m, features, k, eight):
-    """x, W and the scales of the call; results spread over E4M3's range."""
+    """x, W and the scales of the call; in E4M3 results spread over its range."""
     x, w = torch.randn(m, k, device="cuda"), torch.randn(2 * features, k, device="cuda") * k**-0.5
     if not eight:
         return x.bfloat16(), w.bfloat16(), {}
-    rows = torch.rand(m, device="cuda") + 0.5
-    return (x * 32).to(FP8), (w * 256).to(FP8), {"row_scale": rows / 32, "weight_scale": 1 / 256, "out_scale": 0.03}
+    x, w, rows = (x * 32).to(FP8), (w * 256).to(FP8), (torch.rand(m, device="cuda") + 0.5) / 32
+    squares = (x.float() * rows[:, None]).square().sum(1)
+    return x, w, {
+        "row_scale": rows, "weight_scale": 1 / 256, "squares": squares, "out_factor": 0.03 / k,
+        "out_scale": torch.full((m,), float("nan"), device="cuda"),
+    }  # fmt: skip
+
+
+def wide(got, scales):
+    """The result with the scale of its rows."""
+    return got if not scales else got.double() * scales["out_scale"].double()[:, None]
+
+
+def reference(x, w, scales):
+    return gate_up_reference(x, w, **{name: scales[name] for name in ("row_scale", "weight_scale") if name in scales})
 
 
 def relative(got, expected):
@@ -127,11 +141,12 @@ class TestProduct:
     @pytest.mark.parametrize(("features", "k"), [(2048, 2048), (400, 272), (16, 144)])
     def test_agrees_with_float64(self, m, features, k, eight):
         x, w, scales = inputs(m, features, k, eight)
-        expected = gate_up_reference(x, w, **scales)
         got = gate_up.gate_up_product(x, w, **scales, pdl=True)
         assert got.dtype == x.dtype
         rounded = 3e-2 if got.numel() > 4096 else 6e-2  # of a few values one may round by a whole sixteenth
-        assert relative(got, expected) < (rounded if eight else 4e-3)
+        assert relative(wide(got, scales), reference(x, w, scales)) < (rounded if eight else 4e-3)
+        if eight:
+            torch.testing.assert_close(scales["out_scale"], scales["squares"] * 0.03 / k, rtol=4e-3, atol=0)
         for _ in range(3):
             again = gate_up.gate_up_product(x, w, **scales)
             assert torch.equal(got.view(torch.uint8), again.view(torch.uint8))
@@ -144,24 +159,31 @@ class TestProduct:
         x, w, scales = inputs(417, 34 * 128 + 16, 400, eight)
         plan = make_plan(eight, nt, share_w=share_w, lag=lag, cluster=cluster)
         got = gate_up.gate_up_product(x, w, **scales, plan=plan)
-        assert relative(got, gate_up_reference(x, w, **scales)) < (3e-2 if eight else 4e-3)
+        assert relative(wide(got, scales), reference(x, w, scales)) < (3e-2 if eight else 4e-3)
 
     @pytest.mark.parametrize("eight", [True, False])
     def test_what_is_not_finite_stays_so(self, eight):
         x, w, scales = inputs(100, 256, 256, eight)
         x[7, 5] = float("nan")
         w[3, 200] = float("nan")
-        got = gate_up.gate_up_product(x, w, **scales)
+        got = wide(gate_up.gate_up_product(x, w, **scales), scales)
         wrong = torch.zeros(100, 256, dtype=torch.bool, device="cuda")
         wrong[7], wrong[:, 3] = True, True
-        assert torch.equal(torch.isnan(got.float()), wrong)
+        assert torch.equal(torch.isnan(got), wrong)
         if not eight:
             x[7, 5], w[3, 200] = float("inf"), 0.0
             x[7, 6:], w[:, 5] = 0.0, 1.0
             assert torch.isposinf(gate_up.gate_up_product(x, w)[7]).all()
+            return
+        scales["squares"][9] = float("nan")
+        assert torch.isnan(wide(gate_up.gate_up_product(x, w, **scales), scales)[9]).all()
 
-    def test_a_scale_too_small_saturates(self):
+    def test_rows_of_zeros_and_a_factor_too_small(self):
         x, w, scales = inputs(64, 128, 256, True)
-        got = gate_up.gate_up_product(x, w, **scales | {"out_scale": 1e-6}).float()
+        x[5], scales["squares"][5] = 0, 0
+        got = wide(gate_up.gate_up_product(x, w, **scales), scales)
+        assert not got[5].any()
+        assert torch.isfinite(got).all()
+        got = gate_up.gate_up_product(x, w, **scales | {"out_factor": 1e-8}).float()
         assert torch.isfinite(got).all()
         assert got.abs().amax() == 448
