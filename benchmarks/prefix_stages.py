@@ -288,11 +288,14 @@ def gated(rows: int) -> None:
     """Gate and up with GeGLU: the library and gate_up_product.cu."""
     for eight in (True, False):
         make = gate_up.make_plan
-        plans: list[gate_up.GateUpPlan | None] = [None, make(eight, 192), make(eight, 192, lag=1)]
+        plans: list[gate_up.GateUpPlan | None] = [None]
         if rows > 600:
-            plans += [make(eight, 200), make(eight, 200, lag=1), make(eight, 168, share_w=True), make(eight, 168)]
+            plans += [
+                make(eight, nt, share_w=nt == 168, lag=lag) for nt, lag in ((200, 0), (200, 1), (168, 0), (168, 1))
+            ]
         else:
-            plans += [make(eight, 192, lag=2), make(eight, 144, share_w=True), make(eight, 192, cluster=1)]
+            plans += [make(eight, 192, lag=lag) for lag in (0, 1, 2)]
+            plans += [make(eight, 144, share_w=True, lag=1), make(eight, 192, lag=1, cluster=1)]
         guarded(gate_up_own, rows, eight, plans)
         if not ONLY_OWN:
             guarded(gate_up_library, rows, eight)

@@ -21,7 +21,7 @@ FEATURES = 128
 SHARED = 232448
 #: the most tokens whose gate and up a thread's registers hold
 MOST_TOKENS = 200
-#: > 0: a wait that long traps (tests)
+#: > 0: a wait gives up after so many polls, with wrong results instead of none (tests)
 SPIN_LIMIT = 0
 _W_BYTES = 32768  # of a stage: 128 rows of gate, 128 of up
 

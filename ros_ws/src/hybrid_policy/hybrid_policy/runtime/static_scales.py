@@ -28,7 +28,7 @@ from torch import Tensor
 from hybrid_policy.kernels.norm import E4M3_MAX
 
 #: decibels that a scale known before a product may cost
-MOST_LOSS = 0.5
+MOST_LOSS = 1.0
 
 
 def norm_output_scale(weight: Tensor, bias: Tensor) -> float:

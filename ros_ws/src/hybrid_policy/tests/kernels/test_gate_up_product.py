@@ -18,7 +18,7 @@ FP8 = torch.float8_e4m3fn
 
 @pytest.fixture(autouse=True)
 def never_hang(monkeypatch):
-    monkeypatch.setattr(gate_up, "SPIN_LIMIT", 1 << 22)
+    monkeypatch.setattr(gate_up, "SPIN_LIMIT", 1 << 18)
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
 
 
@@ -94,10 +94,10 @@ def test_inputs_of_other_shapes_are_refused():
         make_plan(True, 40, cluster=1),
     ],
 )
-def test_machine_code(tmp_path, plan):
-    cubin = compiled(
-        tmp_path, gate_up.SOURCES, plan.macros(pdl=True) | {"SPIN_LIMIT": 0}, prelude=gate_up.product_source(plan)
-    )
+@pytest.mark.parametrize("spin_limit", [0, 1 << 18])
+def test_machine_code(tmp_path, plan, spin_limit):
+    macros = plan.macros(pdl=True) | {"SPIN_LIMIT": spin_limit}
+    cubin = compiled(tmp_path, gate_up.SOURCES, macros, prelude=gate_up.product_source(plan))
     code = disassembled(cubin)
     assert code.count("QGMMA" if plan.eight else "HGMMA") == 8
     assert "LDL" not in code
