@@ -17,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from hybrid_policy.kernels import gate_up_product as gate_up
 from hybrid_policy.kernels import geglu_rows, norm, qkv
 from hybrid_policy.kernels import hopper_product as hopper
 from hybrid_policy.kernels import vision_attention as vision
 from hybrid_policy.kernels.attention import Attention, AttentionPlan, attention_reference
 from hybrid_policy.kernels.prefix_attention import PrefixAttention
+from hybrid_policy.runtime import static_scales
 
 DEVICE = torch.device("cuda")
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -228,6 +230,90 @@ def prefix_product(m: int, name: str, n: int, k: int) -> None:
     note(f"prefix {name} FP8", f"{m}x{n}x{k}", chain(*(lambda w=w: eight(w) for w in w8)))
 
 
+def gated_inputs(m: int, eight: bool, layers: int = 3):
+    """x, and ``layers`` weights of gate and up stacked, as the prefix has them; E4M3 or bf16."""
+    x = torch.randn(m, 2048, device=DEVICE)
+    ws = [torch.randn(32768, 2048, device=DEVICE) * 2048**-0.5 for _ in range(layers)]
+    if not eight:
+        return x.to(BF16), [w.to(BF16) for w in ws], None, 1.0
+    scale = 2.0**-10
+    return (x * 64).to(FP8), [(w / scale).to(FP8) for w in ws], torch.full((m,), 1 / 64, device=DEVICE), scale
+
+
+def gate_up_library(m: int, eight: bool) -> None:
+    """The library's product, and with GeGLU behind it."""
+    x, ws, row_scale, scale = gated_inputs(m, eight)
+    shape, kind = f"{m}x2x16384x2048", "FP8" if eight else "bf16"
+    out = torch.empty(m, 16384, device=DEVICE, dtype=FP8 if eight else BF16)
+    out_scale = torch.empty(m, device=DEVICE) if eight else None
+    one, factor = torch.ones((), device=DEVICE), torch.full((), scale, device=DEVICE)
+
+    def product(w: torch.Tensor) -> torch.Tensor:
+        if not eight:
+            return F.linear(x, w)
+        return torch._scaled_mm(x, w.t(), one, factor, out_dtype=BF16, use_fast_accum=True)
+
+    def whole(w: torch.Tensor) -> None:
+        norm.geglu(product(w), out, row_scale=row_scale, out_scale=out_scale, pdl=True)
+
+    whole(ws[0])
+    expected = gate_up.gate_up_reference(x, ws[0], row_scale=row_scale, weight_scale=scale)
+    error = relative(out.float() * (1.0 if out_scale is None else out_scale[:, None]), expected)
+    note(f"gate, up {kind}, library", shape, chain(*(lambda w=w: product(w) for w in ws)))
+    note(f"gate, up {kind}, library, then GeGLU", shape, chain(*(lambda w=w: whole(w) for w in ws)), error)
+
+
+def gate_up_own(m: int, eight: bool, plans: list[gate_up.GateUpPlan | None]) -> None:
+    """gate_up_product.cu, each plan checked against float64 first."""
+    x, ws, row_scale, scale = gated_inputs(m, eight)
+    shape, kind = f"{m}x2x16384x2048", "FP8" if eight else "bf16"
+    expected = gate_up.gate_up_reference(x, ws[0], row_scale=row_scale, weight_scale=scale)
+    scales = {"row_scale": row_scale, "weight_scale": scale}
+    if row_scale is not None:
+        gate, up = (ws[0].float() * scale).chunk(2)
+        scales |= {
+            "squares": (x.float() * row_scale[:, None]).square().sum(1),
+            "out_scale": torch.empty_like(row_scale),
+        }
+        scales["out_factor"] = static_scales.gated_row_factor(gate, up)
+    chosen = gate_up.plan_gate_up(eight, m, 16384, 2048)
+    for plan in dict.fromkeys(p or chosen for p in plans):
+        guarded(time_gate_up, f"gate, up {kind}", shape, plan, plan == chosen, expected, x, ws, scales)
+
+
+def time_gate_up(what, shape, plan, chosen, expected, x, ws, scales) -> None:
+    """One plan."""
+
+    def call(w):
+        return gate_up.gate_up_product(x, w, **scales, pdl=True, plan=plan)
+
+    first = call(ws[0])
+    factor = scales.get("out_scale")
+    error = relative(first.float() if factor is None else first.float() * factor[:, None], expected)
+    again = all(torch.equal(first.view(torch.uint8), call(ws[0]).view(torch.uint8)) for _ in range(3))
+    text = f"{what}, nt {plan.nt}, {plan.stages} stages, lag {plan.lag}, cluster {plan.cluster}"
+    text += (" same W" if plan.share_w else "") + ("*" if chosen else "") + ("" if again else " DIFFERS")
+    note(text, shape, chain(*(lambda w=w: call(w) for w in ws)), error)
+
+
+def gated(rows: int) -> None:
+    """Gate and up with GeGLU: the library and gate_up_product.cu."""
+    for eight in (True, False):
+        make = gate_up.make_plan
+        plans: list[gate_up.GateUpPlan | None] = [None]
+        if rows > 600:
+            plans += [
+                make(eight, nt, share_w=nt == 168, lag=lag) for nt, lag in ((200, 0), (200, 1), (168, 0), (168, 1))
+            ]
+        else:
+            plans += [make(eight, 192, lag=lag) for lag in (0, 1, 2)]
+            plans += [make(eight, 144, share_w=True, lag=1), make(eight, 192, lag=1, cluster=1)]
+        guarded(gate_up_own, rows, eight, plans)
+        if not ONLY_OWN:
+            guarded(gate_up_library, rows, eight)
+        guarded(gate_up_own, rows, eight, [None])
+
+
 def vision_layer(rows: int) -> None:
     """The four products of a vision layer in bf16 and FP8, GELU with FP8 output, the norm."""
     features = 4352  # 4304, and zeros up to whole lines (projection.padded_between)
@@ -279,7 +365,7 @@ def main() -> int:
     """Check, then time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--parts", default="attention,geglu,vision,prefix")
+    parser.add_argument("--parts", default="attention,geglu,gate_up,vision,prefix")
     parser.add_argument("--only-own", action="store_true", help="leave the library's and Triton's out")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -291,6 +377,7 @@ def main() -> int:
                 guarded(time_attention, rows, capacity)
             for name, call, size in (
                 ("geglu", geglu, rows),
+                ("gate_up", gated, rows),
                 ("vision", vision_layer, patches),
                 ("prefix", prefix, rows),
             ):

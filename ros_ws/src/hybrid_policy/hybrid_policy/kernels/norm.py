@@ -36,6 +36,7 @@ def add_norm_reference(
     bias: Tensor | None = None,
     gate: Tensor | None = None,
     out_scale: Tensor | None = None,
+    out_squares: Tensor | None = None,
     clean: Tensor | None = None,
     layer_norm: bool = False,
     eps: float = 1e-6,
@@ -59,6 +60,8 @@ def add_norm_reference(
     result = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * scale.float()
     if shift is not None:
         result = result + shift.float()
+    if out_squares is not None:
+        out_squares.copy_(result.square().sum(-1))
     if out_scale is None:
         out.copy_(result)
     else:
@@ -70,11 +73,11 @@ def add_norm_reference(
 
 @triton.jit
 def _add_norm_kernel(
-    x_ptr, out_ptr, scale_ptr, shift_ptr, y_ptr, row_ptr, bias_ptr, gate_ptr, out_scale_ptr, clean_ptr,
+    x_ptr, out_ptr, scale_ptr, shift_ptr, y_ptr, row_ptr, bias_ptr, gate_ptr, out_scale_ptr, squares_ptr, clean_ptr,
     width, y_stride, eps,
     BLOCK: tl.constexpr, LAYER_NORM: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_Y: tl.constexpr,
     HAS_ROW: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, QUANTISE: tl.constexpr,
-    HAS_CLEAN: tl.constexpr, PDL: tl.constexpr,
+    HAS_CLEAN: tl.constexpr, HAS_SQUARES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
@@ -113,6 +116,8 @@ def _add_norm_kernel(
     result = x * tl.rsqrt(squares / width + eps) * scale
     if HAS_SHIFT:
         result += shift
+    if HAS_SQUARES:
+        tl.store(squares_ptr + row, tl.sum(result * result, 0))
     if QUANTISE:
         # NaN and Inf must not turn into numbers: in the row they make its scale NaN, in a weight they stay.
         factor = tl.max(tl.abs(result), 0) / 448.0
@@ -135,6 +140,7 @@ def add_norm(
     bias: Tensor | None = None,
     gate: Tensor | None = None,
     out_scale: Tensor | None = None,
+    out_squares: Tensor | None = None,
     clean: Tensor | None = None,
     layer_norm: bool = False,
     eps: float = 1e-6,
@@ -149,6 +155,7 @@ def add_norm(
         addend: [M, width], rows may be strided. row_scale: float32 [M], factor of its rows.
         bias, gate: [width], of the addend.
         out_scale: float32 [M], receives amax / 448 of each row; ``out`` must then be FP8.
+        out_squares: float32 [M], receives the sum of each row's squares, before it is rounded.
         clean: int32 [1] on the device; scale, shift and gate are then [2, width], and rows
             below ``clean`` take the second of them.
         pdl: the launch may start before its predecessor ends.
@@ -168,11 +175,11 @@ def add_norm(
         raise InputError("add_norm: addend: None given with row_scale, bias or gate, expected an addend")
     block = triton.next_power_of_2(width)
     _add_norm_kernel[(rows,)](
-        x, out, scale, shift, addend, row_scale, bias, gate, out_scale, clean,
+        x, out, scale, shift, addend, row_scale, bias, gate, out_scale, out_squares, clean,
         width, 0 if addend is None else addend.stride(0), eps,
         BLOCK=block, LAYER_NORM=layer_norm, HAS_SHIFT=shift is not None, HAS_Y=addend is not None,
         HAS_ROW=row_scale is not None, HAS_BIAS=bias is not None, HAS_GATE=gate is not None,
-        QUANTISE=out_scale is not None, HAS_CLEAN=clean is not None, PDL=pdl,
+        QUANTISE=out_scale is not None, HAS_CLEAN=clean is not None, HAS_SQUARES=out_squares is not None, PDL=pdl,
         num_warps=norm_warps(width), **pdl_option(pdl),
     )  # fmt: skip
 

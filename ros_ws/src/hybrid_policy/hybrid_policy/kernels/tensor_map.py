@@ -10,35 +10,53 @@ import torch
 from hybrid_policy.kernels.nvrtc import _check, _driver
 
 _TYPES = {torch.uint8: 0, torch.float8_e4m3fn: 0, torch.bfloat16: 9}
-_SWIZZLE_128B, _PROMOTE_256B = 3, 3
+_SWIZZLES = {64: 2, 128: 3}
+_PROMOTE_256B = 3
 
 
-def tensor_map(matrix: torch.Tensor, rows: int) -> bytes:
-    """128 bytes: boxes of ``rows`` rows and 128 bytes of columns of a contiguous [M, K], 128-byte swizzle.
+def tensor_map(matrix: torch.Tensor, rows: int, *, columns: int = 128) -> bytes:
+    """128 bytes: boxes of ``rows`` rows and 128 (or 64) bytes of columns of a contiguous [M, K], swizzled that wide.
 
-    What a box reads beyond the matrix is zero. K's bytes must be a multiple of 16.
+    What a box reads beyond the matrix is zero, what it would write there is left. K's bytes must be a multiple of 16.
     """
-    return _encode(matrix.data_ptr(), matrix.shape[0], matrix.shape[1], matrix.dtype, rows)
+    (m, k), size = matrix.shape, matrix.dtype.itemsize
+    return _encode(matrix.data_ptr(), matrix.dtype, (k, m), (k * size,), (columns // size, rows), columns)
+
+
+def paired_map(matrix: torch.Tensor, rows: int) -> bytes:
+    """As `tensor_map` with M and ``rows`` multiples of 16; a box's rows come with 2i and 2i + 1 of a sixteen at i and
+    i + 8. Its coordinates are (column, 0, 0, row / 16)."""
+    (m, k), size = matrix.shape, matrix.dtype.itemsize
+    shape, strides = (k, 8, 2, m // 16), (2 * k * size, k * size, 16 * k * size)
+    return _encode(matrix.data_ptr(), matrix.dtype, shape, strides, (128 // size, 8, 2, rows // 16), 128)
 
 
 @functools.lru_cache(maxsize=1024)
-def _encode(address: int, m: int, k: int, dtype: torch.dtype, rows: int) -> bytes:
-    size = dtype.itemsize
+def _encode(
+    address: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+    swizzle: int,
+) -> bytes:
+    """Innermost dimension first; ``strides`` in bytes, without its own."""
+    rank = len(shape)
     storage = ctypes.create_string_buffer(128 + 64)
     aligned = (ctypes.addressof(storage) + 63) // 64 * 64
     code = _driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(aligned),
         _TYPES[dtype],
-        2,
+        rank,
         ctypes.c_void_p(address),
-        (ctypes.c_uint64 * 2)(k, m),
-        (ctypes.c_uint64 * 1)(k * size),
-        (ctypes.c_uint32 * 2)(128 // size, rows),
-        (ctypes.c_uint32 * 2)(1, 1),
+        (ctypes.c_uint64 * rank)(*shape),
+        (ctypes.c_uint64 * (rank - 1))(*strides),
+        (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*([1] * rank)),
         0,
-        _SWIZZLE_128B,
+        _SWIZZLES[swizzle],
         _PROMOTE_256B,
         0,
     )
-    _check(code, f"tensor map of [{m}, {k}] {dtype}")
+    _check(code, f"tensor map of {list(reversed(shape))} {dtype}")
     return ctypes.string_at(aligned, 128)

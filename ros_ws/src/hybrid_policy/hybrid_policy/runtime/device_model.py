@@ -17,6 +17,7 @@ from torch import Tensor
 from hybrid_policy.kernels.expert import ExpertAttention
 from hybrid_policy.kernels.flow_step import Guide
 from hybrid_policy.kernels.gate_up import NormPrologue, PackedGateUp
+from hybrid_policy.kernels.gate_up_product import gate_up_product
 from hybrid_policy.kernels.hopper_product import hopper_product, pays
 from hybrid_policy.kernels.prefix_attention import PrefixAttention
 from hybrid_policy.kernels.prefix_inputs import padded_patch
@@ -152,9 +153,31 @@ class DeviceModel:
             if last:
                 break
             addend, row_scale = self._attend(q, i, 0, attention, layer, inputs)
-            assert layer.mlp_in is not None
+            if self.table.gate_up == "hopper" and layer.gated() is not None:
+                addend, row_scale = self._gated(x, layer, addend, row_scale)
+                continue
             h, scale = self._normed(x, layer.mlp_in, layer.norm2, addend, row_scale)
             addend, row_scale = self._mlp(h, scale, layer)
+
+    def _gated(
+        self, x: Tensor, layer: GemmaLayer, addend: Tensor, row_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layer's second norm and its MLP with GeGLU in the product's launch; what `_mlp` returns."""
+        gated, down = layer.gated(), layer.down
+        assert gated is not None
+        assert down is not None
+        weight, factor = gated
+        if not down.quantised:
+            h, _ = self._normed(x, layer.mlp_in, layer.norm2, addend, row_scale)
+            return down(gate_up_product(h, weight, pdl=self.table.pdl)), None
+        assert layer.act_factor is not None
+        squares, act_scale = torch.empty(2, x.shape[0], dtype=torch.float32, device=self.device)
+        h, scale = self._normed(x, layer.mlp_in, layer.norm2, addend, row_scale, squares=squares)
+        act = gate_up_product(
+            h, weight, row_scale=scale, squares=squares, out_scale=act_scale, weight_scale=factor,
+            out_factor=layer.act_factor, pdl=self.table.pdl,
+        )  # fmt: skip
+        return down(act), act_scale
 
     # ---- action expert -----------------------------------------------------------------------------------
 
@@ -283,8 +306,12 @@ class DeviceModel:
         shift: Tensor | None = None,
         gate: Tensor | None = None,
         clean: Tensor | None = None,
+        squares: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x += addend, then its norm in the form that ``product`` takes: (rows, their scale or None)."""
+        """x += addend, then its norm in the form that ``product`` takes: (rows, their scale or None).
+
+        squares: receives the sum of each row's squares.
+        """
         quantised = isinstance(product, Projection) and product.quantised
         dtype = torch.float8_e4m3fn if quantised else self.weights.dtype
         h = torch.empty(x.shape, dtype=dtype, device=self.device)
@@ -298,6 +325,7 @@ class DeviceModel:
             row_scale=row_scale,
             gate=gate,
             out_scale=out_scale,
+            out_squares=squares,
             clean=clean,
         )
         return h, out_scale

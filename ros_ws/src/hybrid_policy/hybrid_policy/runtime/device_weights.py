@@ -23,7 +23,7 @@ from hybrid_policy.models.pi05 import EXPERT, PREFIX, PROJECTOR, VISION
 from hybrid_policy.runtime.modulations import Modulations, modulations_of
 from hybrid_policy.runtime.projection import Projection, padded_between
 from hybrid_policy.runtime.sites import Packed, dense, pack_sites
-from hybrid_policy.runtime.static_scales import folded, norm_output_scale, product_scale
+from hybrid_policy.runtime.static_scales import affordable_row_factor, folded, norm_output_scale, product_scale
 
 #: parameter name -> tensor on the device; float32 where exactness is cheap, else the model's dtype
 Source = Callable[[str], Tensor]
@@ -54,6 +54,8 @@ class GemmaLayer:
     """One Gemma layer for library GEMMs and glue kernels. norms: (1 + w), or None where modulated.
 
     mlp_in: gate and up stacked, or one kernel that ends in GeGLU. For the last prefix layer only ``qkv`` (K and V).
+    act_factor: with gate, up and down in FP8, what ‖h‖² is multiplied by to scale the row that GeGLU makes of h; None
+        where such scales would cost too much.
     """
 
     norm1: Tensor | None
@@ -62,6 +64,16 @@ class GemmaLayer:
     out: Projection | None = None
     mlp_in: Projection | PackedGateUp | None = None
     down: Projection | None = None
+    act_factor: float | None = None
+
+    def gated(self) -> tuple[Tensor, float] | None:
+        """Weight of gate and up and its factor, where gate_up_product.py takes this layer: bf16 into what takes bf16,
+        or FP8 into FP8 with ``act_factor``."""
+        if self.down is None or not isinstance(self.mlp_in, Projection):
+            return None
+        if self.mlp_in.quantised != self.down.quantised or (self.down.quantised and self.act_factor is None):
+            return None
+        return self.mlp_in.held()
 
 
 @dataclass
@@ -145,6 +157,8 @@ def build_weights(
         _gemma_layer(packer, source, f"{PREFIX}layers.{i}.", config.prefix, last=i == config.prefix.depth - 1)
         for i in range(config.prefix.depth)
     ]
+    early = sum(layer.act_factor is not None for layer in prefix)
+    packer.note("prefix.geglu", f"FP8 scales from the rows of h in {early} of {len(prefix) - 1} layers")
     modulations = modulations_of(config, source)
     report("modulations")
     split: list[GemmaLayer] = []
@@ -279,14 +293,17 @@ def _gemma_layer(packer: _Packer, source: Source, stem: str, config: GemmaConfig
         mlp_in = prepare_gate_up(gate, up, packer.precision(mlp + "gate_proj"))  # type: ignore[arg-type]
     else:
         mlp_in = Projection([gate, up], packer.dtype)
+    down = packer.one(mlp + "down_proj")
     layer = GemmaLayer(
         norm1=norm("input_layernorm"),
         qkv=Projection(packer.many(*heads), packer.dtype),
         norm2=norm("post_attention_layernorm"),
         out=Projection([packer.one(attention + "o_proj")], packer.dtype),
         mlp_in=mlp_in,
-        down=Projection([packer.one(mlp + "down_proj")], packer.dtype, precision=packer.precision(mlp + "down_proj")),
+        down=Projection([down], packer.dtype, precision=packer.precision(mlp + "down_proj")),
     )
+    if plain and all(isinstance(weight, FP8Tensor) for weight in (gate, up, down)):
+        layer.act_factor = affordable_row_factor(dense(gate), dense(up), dense(down))
     part = "prefix" if plain else "expert"
     for name, product in (
         ("qkv", layer.qkv),

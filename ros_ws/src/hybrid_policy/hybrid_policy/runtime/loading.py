@@ -12,7 +12,7 @@ from torch import nn
 
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import expert as expert_kernels
-from hybrid_policy.kernels import expert_loop, hopper_product, prefix_attention, vision_attention
+from hybrid_policy.kernels import expert_loop, gate_up_product, hopper_product, prefix_attention, vision_attention
 from hybrid_policy.models.checkpoint import Checkpoint
 from hybrid_policy.models.config import Pi05Config
 from hybrid_policy.models.pi05 import EXPERT, keeps_float32
@@ -184,9 +184,9 @@ def choose_table(
 ) -> StageTable:
     """The stages' implementations.
 
-    wgmma's prefix attention on Hopper, else Triton's. For the expert: one launch a flow step on Hopper, else the
-    cluster kernels, where device, shapes, precisions and cache allow them, else Triton's fused kernels; split stages
-    where real-time chunking needs a modulation a row.
+    wgmma's prefix attention and gate and up on Hopper, else Triton's and the library's. For the expert: one launch a
+    flow step on Hopper, else the cluster kernels, where device, shapes, precisions and cache allow them, else Triton's
+    fused kernels; split stages where real-time chunking needs a modulation a row.
 
     The variable HYBRID_POLICY_STAGES overrides single stages (see `stages.parse_table`), for comparisons.
     """
@@ -203,6 +203,8 @@ def choose_table(
         table = dataclasses.replace(table, vision_attention="reference")
     if not all(hopper_product.fits(capability, n, k) for n, k in vision_shapes(config)):
         table = dataclasses.replace(table, vision_product="library")
+    if not gate_up_product.fits(capability, prefix.mlp_dim, prefix.width):
+        table = dataclasses.replace(table, gate_up="library")
     if rtc.mode == "prefix":
         return dataclasses.replace(table, expert="split")
     if table.expert != "loop" or "expert=" in text:

@@ -92,7 +92,12 @@ class Projection:
     def whole(self) -> tuple[Tensor, float] | None:
         """The weight [N, K] and the one factor that makes ``x W.T`` y (without the bias); None where there is no such
         thing: NVFP4, FP8 without ``input_scale`` or with several scales."""
-        if self._packed is not None or self.quantised or self._column_scale is not None:
+        return None if self.quantised else self.held()
+
+    def held(self) -> tuple[Tensor, float] | None:
+        """The weight as it is held, [N, K] in E4M3 or the model's dtype, and the factor that makes ``x W.T`` y (but for
+        the rows' scale, where ``quantised``); None where the weights are NVFP4 or their scales differ."""
+        if self._packed is not None or self._column_scale is not None:
             return None
         return self._weight, self._factor
 

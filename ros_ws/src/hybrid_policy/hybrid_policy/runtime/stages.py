@@ -26,12 +26,13 @@ GLUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "rope_split": (qkv.rope_split_reference, qkv.rope_split),
     "flow_step": (flow_step.flow_step_reference, flow_step.flow_step),
 }
-STAGES = (*GLUE, "attention", "prefix_attention", "vision_product", "expert")
+STAGES = (*GLUE, "attention", "prefix_attention", "vision_product", "gate_up", "expert")
 #: what the stages that are no glue may be
 _CHOICES = {
     "expert": ("loop", "cluster", "fused", "split"),
     "prefix_attention": ("hopper", "kernel", "reference"),
     "vision_product": ("hopper", "library"),
+    "gate_up": ("hopper", "library"),
     "pdl": ("on", "off"),
 }
 
@@ -43,6 +44,8 @@ class StageTable:
     ``expert`` is ``loop`` (kernels/expert_loop.py), ``cluster`` (kernels/expert.py), ``fused`` (Triton) or ``split``
     (norm, GEMM, glue). ``prefix_attention`` is ``hopper`` (kernels/prefix_attention.py), or as ``attention``.
     ``vision_product``: vision's products by ``hopper`` (kernels/hopper_product.py), where that pays, or the library.
+    ``gate_up``: the prefix's gate and up with their GeGLU in one launch (``hopper``, kernels/gate_up_product.py; layers
+    that it does not take by the library all the same), or by the library and a pass behind it.
 
     pdl: kernels may start before their predecessor ends (programmatic dependent launch).
     """
@@ -59,6 +62,7 @@ class StageTable:
     attention: Implementation = "kernel"
     prefix_attention: Literal["hopper", "kernel", "reference"] = "hopper"
     vision_product: Literal["hopper", "library"] = "hopper"
+    gate_up: Literal["hopper", "library"] = "hopper"
     expert: Literal["loop", "cluster", "fused", "split"] = "loop"
     pdl: bool = True
 
@@ -105,7 +109,7 @@ class StageTable:
 def plain_table() -> StageTable:
     """Everything in plain PyTorch around library GEMMs: what the kernels are compared with."""
     plain: dict[str, Any] = dict.fromkeys((*GLUE, "attention", "prefix_attention"), "reference")
-    return StageTable(**plain, vision_product="library", expert="split", pdl=False)
+    return StageTable(**plain, vision_product="library", gate_up="library", expert="split", pdl=False)
 
 
 def parse_table(text: str) -> StageTable:

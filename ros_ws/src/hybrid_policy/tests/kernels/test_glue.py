@@ -48,8 +48,12 @@ def test_add_norm(width, kind):
     scale = vectors[:2] if kind == "clean" else vectors[0]
     ours, theirs = x.clone(), x.clone()
     out, expected = poison(rows, width), poison(rows, width)
-    norm.add_norm(ours, out, scale, **options)
-    norm.add_norm_reference(theirs, expected, scale, **options)
+    squares = poison(2, rows)
+    norm.add_norm(ours, out, scale, **options, out_squares=squares[0] if kind == "scaled" else None)
+    norm.add_norm_reference(theirs, expected, scale, **options, out_squares=squares[1])
+    if kind == "scaled":
+        torch.testing.assert_close(squares[0], expected.square().sum(1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(squares[1], expected.square().sum(1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 

@@ -78,7 +78,7 @@ def test_fused_qkv_compiles(target, weight, cache):
 @pytest.mark.parametrize("target", [90, 110])
 def test_glue_compiles(target):
     flags = dict.fromkeys(
-        ("LAYER_NORM", "HAS_SHIFT", "HAS_Y", "HAS_ROW", "HAS_BIAS", "HAS_GATE", "QUANTISE", "PDL"), True
+        ("LAYER_NORM", "HAS_SHIFT", "HAS_Y", "HAS_ROW", "HAS_BIAS", "HAS_GATE", "QUANTISE", "HAS_SQUARES", "PDL"), True
     )
     types = [
         "*fp32",
@@ -86,6 +86,7 @@ def test_glue_compiles(target):
         "*fp32",
         "*fp32",
         "*bf16",
+        "*fp32",
         "*fp32",
         "*fp32",
         "*fp32",
