@@ -291,8 +291,8 @@ def time_gate_up(what, shape, plan, chosen, expected, x, ws, scales) -> None:
     factor = scales.get("out_scale")
     error = relative(first.float() if factor is None else first.float() * factor[:, None], expected)
     again = all(torch.equal(first.view(torch.uint8), call(ws[0]).view(torch.uint8)) for _ in range(3))
-    text = f"{what}, nt {plan.nt}, {plan.stages} stages, lag {plan.lag}, cluster {plan.cluster}"
-    text += (" same W" if plan.share_w else "") + ("*" if chosen else "") + ("" if again else " DIFFERS")
+    text = f"{what}, nt {plan.nt}, {plan.stages} stages, cluster {plan.cluster}"
+    text += ("*" if chosen else "") + ("" if again else " DIFFERS")
     note(text, shape, chain(*(lambda w=w: call(w) for w in ws)), error)
 
 
@@ -300,14 +300,7 @@ def gated(rows: int) -> None:
     """Gate and up with GeGLU: the library and gate_up_product.cu."""
     for eight in (True, False):
         make = gate_up.make_plan
-        plans: list[gate_up.GateUpPlan | None] = [None]
-        if rows > 600:
-            plans += [
-                make(eight, nt, share_w=nt == 168, lag=lag) for nt, lag in ((200, 0), (200, 1), (168, 0), (168, 1))
-            ]
-        else:
-            plans += [make(eight, 192, lag=lag) for lag in (0, 1, 2)]
-            plans += [make(eight, 144, share_w=True, lag=1), make(eight, 192, lag=1, cluster=1)]
+        plans = [None, make(eight, 192, cluster=1), *(make(eight, nt) for nt in (136, 168, 192, 200))]
         guarded(gate_up_own, rows, eight, plans)
         if not ONLY_OWN:
             guarded(gate_up_library, rows, eight)

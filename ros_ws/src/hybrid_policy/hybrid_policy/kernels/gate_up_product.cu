@@ -3,8 +3,8 @@
 // W's rows are the M side of the product and tokens its N side, so that NT, any multiple of 8, fits the tokens. A block
 // takes 128 features: each of two warpgroups 64 rows of gate and the matching 64 of up, so that a thread holds both of
 // a feature and token. One thread copies (a ring of STAGES, 128 bytes of K each), running ahead into the next tile
-// while the warpgroups finish theirs. The L2's rate bounds large tiles too: the two blocks of a cluster have the same
-// tokens and fetch half of x each, for both, or (SHARE_W) the same features and half of W each.
+// while the warpgroups finish theirs. The two blocks of a cluster have the same tokens and fetch half of x each, for
+// both: a quarter less for the L2 to give.
 //
 // The result goes through shared memory: [token][64 features] a warpgroup, beside the ring where there is room, else
 // (HELD) in place of the warpgroup's own part of the last stages that it multiplied, which it then gives back late.
@@ -14,10 +14,8 @@
 // 2i + 1 into rows i and i + 8 of a sixteen: a thread holds them as the two bytes of a 16-bit word, and words is what
 // stmatrix transposes. Otherwise bf16 in and out.
 //
-// Macros: EIGHT, NT, STAGES, CLUSTER (1, 2), SHARE_W, HELD, LAG (stages that the second warpgroup begins behind the
-// first, so that one multiplies while the other finishes a tile; fewer than K has, and than STAGES - 1), PDL,
-// SPIN_LIMIT. wgmma_common.cu comes first, and before it ``product`` for NT (gate_up_product.py). K has more than 128
-// bytes.
+// Macros: EIGHT, NT, STAGES, CLUSTER (1, 2), HELD, PDL, SPIN_LIMIT, SHARED (bytes of a block). wgmma_common.cu comes
+// first, and before it ``product`` for NT (gate_up_product.py). K has more than 128 bytes.
 
 constexpr int CONSUMERS = 256;
 constexpr int FEATURES = 128;             // of a block
@@ -25,10 +23,9 @@ constexpr int W_PART = 16384;             // of a warpgroup in a stage: 64 rows 
 constexpr int W_BYTES = 2 * W_PART;
 constexpr int X_BYTES = NT * 128;
 constexpr int STAGE_BYTES = W_BYTES + X_BYTES;
-constexpr bool SHARE_X = CLUSTER == 2 && !SHARE_W;
 // halves of x in whole eights of rows: with an odd number of them both blocks fetch the middle one
-constexpr int X_ROWS = SHARE_X ? (NT + 15) / 16 * 8 : NT;
-constexpr int EXPECTED = W_BYTES + (SHARE_X ? 2 * X_ROWS * 128 : X_BYTES);
+constexpr int X_ROWS = CLUSTER == 2 ? (NT + 15) / 16 * 8 : NT;
+constexpr int EXPECTED = W_BYTES + CLUSTER * X_ROWS * 128;
 constexpr int TOKEN_BYTES = EIGHT ? 64 : 128;  // of a warpgroup's features
 constexpr int PIECES = NT * TOKEN_BYTES > W_PART ? 2 : 1;
 constexpr int FIRST = PIECES == 1 ? NT : (NT + 15) / 16 * 8;  // tokens of the first piece
@@ -39,7 +36,6 @@ constexpr int AT_BARRIERS = AT_SCALES + (EIGHT ? 2 * NT * 6 : 0);
 static_assert(AT_BARRIERS + 16 * STAGES <= SHARED, "shared memory");
 static_assert(NT % 8 == 0 && NT <= 256 && FIRST * TOKEN_BYTES <= W_PART, "tile");
 static_assert(HELD ? STAGES > PIECES : STAGES > 1, "stages");
-static_assert(LAG < STAGES - 1 || LAG == 0, "lag");
 
 struct alignas(64) Arguments {
     u8 gate[128], up[128];  // tensor maps: boxes of 64 rows
@@ -75,16 +71,11 @@ struct Block {
     __device__ __forceinline__ u32 empty(u32 stage) const { return full(stage) + 8; }
 };
 
-// first feature and token of the ``pair``-th tile of each cluster: the tiles of the same features follow each other
+// first feature and token of a cluster's tile: the tiles of the same features follow each other
 struct Tile {
     int feature, token;
-    __device__ __forceinline__ Tile(const Arguments& a, int pair, u32 rank) {
-        int across = SHARE_W && CLUSTER == 2 ? (a.token_tiles + 1) / 2 : a.token_tiles;
-        int row = pair / across, column = pair % across;
-        if (SHARE_X) row = row * 2 + rank;
-        if (SHARE_W && CLUSTER == 2) column = column * 2 + rank;
-        feature = row * FEATURES, token = column * NT;
-    }
+    __device__ __forceinline__ Tile(const Arguments& a, int pair, u32 rank)
+        : feature((pair / a.token_tiles * CLUSTER + rank) * FEATURES), token(pair % a.token_tiles * NT) {}
 };
 
 // ---------------------------------------------------------------------------------------------------------- copies
@@ -94,30 +85,15 @@ __device__ __forceinline__ void copy_w(u32 to, const void* map, int chunk, int f
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, 0, 0, %3}], [%4];"
         ::"r"(to), "l"(map), "r"(chunk * 128), "r"(feature / 16), "r"(bar) : "memory");
 }
-__device__ __forceinline__ void copy_w_to_both(u32 to, const void* map, int chunk, int feature, u32 bar) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%2, 0, 0, %3}], [%4], %5;"
-        ::"r"(to), "l"(map), "r"(chunk * 128), "r"(feature / 16), "r"(bar), "h"((u16)3) : "memory");
-}
 #else
 __device__ __forceinline__ void copy_w(u32 to, const void* map, int chunk, int feature, u32 bar) {
     copy_box(to, map, chunk * 64, feature, bar);
-}
-__device__ __forceinline__ void copy_w_to_both(u32 to, const void* map, int chunk, int feature, u32 bar) {
-    copy_box_to(to, map, chunk * 64, feature, bar, 3);
 }
 #endif
 
 __device__ __forceinline__ void fetch_w(const Arguments& a, const Block& b, u32 stage, const Tile& tile, int chunk) {
     const u32 bar = b.full(stage);
     expect(bar, EXPECTED);
-    if (SHARE_W && CLUSTER == 2) {  // a warpgroup's part a block
-        const u32 to = b.w(stage) + b.rank * W_PART;
-        copy_w_to_both(to, a.gate, chunk, tile.feature + b.rank * 64, bar);
-        copy_w_to_both(to + W_PART / 2, a.up, chunk, tile.feature + b.rank * 64, bar);
-        return;
-    }
 #pragma unroll
     for (int wg = 0; wg < 2; wg++) {
         const u32 to = b.w(stage) + wg * W_PART;
@@ -128,7 +104,7 @@ __device__ __forceinline__ void fetch_w(const Arguments& a, const Block& b, u32 
 
 __device__ __forceinline__ void fetch_x(const Arguments& a, const Block& b, u32 stage, const Tile& tile, int chunk) {
     const int column = chunk * (EIGHT ? 128 : 64), row = b.rank * (NT - X_ROWS);
-    if (SHARE_X) copy_box_to(b.x(stage) + row * 128, a.x, column, tile.token + row, b.full(stage), 3);
+    if (CLUSTER == 2) copy_box_to(b.x(stage) + row * 128, a.x, column, tile.token + row, b.full(stage), 3);
     else copy_box(b.x(stage), a.x, column, tile.token, b.full(stage));
 }
 
@@ -216,7 +192,6 @@ struct Consumer {
     __device__ __forceinline__ u32 scales() const { return b.memory + AT_SCALES + wg * (NT * 6); }
 
     __device__ __forceinline__ void tile_products(bool first) {
-        if (LAG > 0 && first && wg == 1) named_barrier(3, CONSUMERS);
 #pragma unroll 1
         for (int i = 0; i < a.chunks; i++) {
             const u32 stage = ring.stage;
@@ -230,7 +205,6 @@ struct Consumer {
             }
             products_commit();
             products_wait<1>();  // the stage before is read
-            if (LAG > 0 && first && wg == 0 && i == LAG) asm volatile("bar.arrive 3, %0;" ::"n"(CONSUMERS) : "memory");
             if (i > 0) {
                 if (!(HELD && PIECES == 2 && i == a.chunks - 1)) release(stage_before(1));
             } else if (HELD && !first && warp == 0 && lane == 0) {

@@ -34,16 +34,12 @@ class GateUpPlan:
         eight: E4M3 in and out, else bf16.
         nt: tokens of a tile, a multiple of 8.
         stages: of 128 bytes of K in flight.
-        share_w: the two blocks of a cluster have the same features and different tokens; else the other way round.
-        lag: stages that the second warpgroup begins behind the first.
-        cluster: blocks of a cluster, 1 or 2.
+        cluster: blocks that share x, 1 or 2.
     """
 
     eight: bool
     nt: int
     stages: int
-    share_w: bool = False
-    lag: int = 0
     cluster: int = 2
 
     @property
@@ -59,7 +55,7 @@ class GateUpPlan:
     @property
     def x_rows(self) -> int:
         """Tokens that a block fetches."""
-        return self.nt if self.cluster == 1 or self.share_w else math.ceil(self.nt / 16) * 8
+        return self.nt if self.cluster == 1 else math.ceil(self.nt / 16) * 8
 
     @property
     def held(self) -> bool:
@@ -78,43 +74,38 @@ class GateUpPlan:
 
     def pairs(self, m: int, features: int) -> int:
         """Tiles of clusters for [M, 2 * features]."""
-        rows, columns = math.ceil(features / FEATURES), math.ceil(m / self.nt)
-        if self.cluster == 1:
-            return rows * columns
-        return rows * math.ceil(columns / 2) if self.share_w else math.ceil(rows / 2) * columns
+        return math.ceil(math.ceil(features / FEATURES) / self.cluster) * math.ceil(m / self.nt)
 
     def macros(self, *, pdl: bool) -> dict[str, int]:
         """Of the source."""
         return {
             "EIGHT": int(self.eight), "NT": self.nt, "STAGES": self.stages, "CLUSTER": self.cluster,
-            "SHARE_W": int(self.share_w), "HELD": int(self.held), "LAG": self.lag, "PDL": int(pdl), "SHARED": SHARED,
+            "HELD": int(self.held), "PDL": int(pdl), "SHARED": SHARED,
         }  # fmt: skip
 
 
-def make_plan(eight: bool, nt: int, *, share_w: bool = False, lag: int = 0, cluster: int = 2) -> GateUpPlan:
+def make_plan(eight: bool, nt: int, *, cluster: int = 2) -> GateUpPlan:
     """With as many stages as there is memory for, six at most."""
     stages = min(6, (SHARED - 12 * nt - 96) // (_W_BYTES + nt * 128))
-    return GateUpPlan(eight, nt, stages, share_w, lag, cluster)
+    return GateUpPlan(eight, nt, stages, cluster)
 
 
-@functools.cache
 def plan_gate_up(eight: bool, m: int, features: int, k: int, processors: int = 132) -> GateUpPlan:
     """The launch for x [M, K] and ``features`` features of gate and of up.
 
     Every cluster takes its tiles in turn, and the longest row of them counts. A stage takes its products (4 nt clocks
-    for each warpgroup), or the L2's time for what all blocks read (3100 bytes a clock in all); a tile takes its GeGLU.
+    for each warpgroup) or, of small tiles, the L2's time for what all blocks read (3600 bytes a clock have been seen);
+    a tile takes its GeGLU besides.
     """
     clusters = processors // 2
     chunks = math.ceil(k * (1 if eight else 2) / 128)
 
     def clocks(plan: GateUpPlan) -> float:
         pairs = plan.pairs(m, features)
-        bytes_ = _W_BYTES / 2 + plan.nt * 128 if plan.share_w else _W_BYTES + plan.nt * 64
-        stage = max(8 * plan.nt, 2 * min(pairs, clusters) * bytes_ / 3100)
+        stage = max(8 * plan.nt, 2 * min(pairs, clusters) * (_W_BYTES + plan.nt * 64) / 3600)
         return math.ceil(pairs / clusters) * (chunks * stage + 16 * plan.nt)
 
-    plans = (make_plan(eight, nt, share_w=share) for nt in range(8, MOST_TOKENS + 1, 8) for share in (False, True))
-    return min(plans, key=lambda plan: (clocks(plan), plan.share_w, -plan.nt))
+    return min((make_plan(eight, nt) for nt in range(8, MOST_TOKENS + 1, 8)), key=lambda plan: (clocks(plan), plan.nt))
 
 
 def product_source(plan: GateUpPlan) -> str:
@@ -206,8 +197,8 @@ def gate_up_product(
     processors = _processors(x.device.index)
     plan = plan or plan_gate_up(eight, m, features, k, processors)
     chunks = math.ceil(k * x.dtype.itemsize / 128)
-    if plan.eight != eight or plan.lag >= chunks:
-        raise InputError.at("gate_up_product", "plan", plan, f"one for {x.dtype} with a lag below {chunks} stages")
+    if plan.eight != eight:
+        raise InputError.at("gate_up_product", "plan", plan, f"one for {x.dtype}")
     out = torch.empty(m, features, dtype=x.dtype, device=x.device)
     pairs = plan.pairs(m, features)
     arguments = _Arguments(

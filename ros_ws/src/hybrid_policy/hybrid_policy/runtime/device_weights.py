@@ -157,8 +157,9 @@ def build_weights(
         _gemma_layer(packer, source, f"{PREFIX}layers.{i}.", config.prefix, last=i == config.prefix.depth - 1)
         for i in range(config.prefix.depth)
     ]
-    early = sum(layer.act_factor is not None for layer in prefix)
-    packer.note("prefix.geglu", f"FP8 scales from the rows of h in {early} of {len(prefix) - 1} layers")
+    early = [layer.act_factor is not None for layer in prefix if layer.down is not None and layer.down.quantised]
+    if early:
+        packer.note("prefix.geglu", f"scales of rows known before the product in {sum(early)} of {len(early)} layers")
     modulations = modulations_of(config, source)
     report("modulations")
     split: list[GemmaLayer] = []

@@ -1,10 +1,14 @@
 """The device's sequence of launches, in plain PyTorch on a CPU, against the model."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from hybrid_policy.kernels.flow_step import Guide
+from hybrid_policy.kernels.gate_up_product import gate_up_reference
 from hybrid_policy.models.checkpoint import open_checkpoint
+from hybrid_policy.runtime import device_model
 from hybrid_policy.runtime.backend import Guidance
 from hybrid_policy.runtime.device_model import DeviceModel, Inputs
 from hybrid_policy.runtime.device_weights import build_weights
@@ -84,6 +88,38 @@ def test_fp8_launches_agree_with_the_fp8_sites(vision, tmp_path):
     result = run(model, inputs_of(model, inputs, noise))
     error = np.linalg.norm(result - expected) / np.linalg.norm(expected)
     assert error < 2e-2  # the same arithmetic; roundings of activations fall differently
+
+
+def gate_up_on_the_cpu(x, weight, *, row_scale=None, squares=None, out_scale=None, out_factor=1.0, pdl=False, **scale):
+    """What gate_up_product.py makes of its arguments."""
+    result = gate_up_reference(x, weight, row_scale=row_scale, **scale)
+    if x.dtype != torch.float8_e4m3fn:
+        return result.to(x.dtype)
+    out_scale.copy_(squares * out_factor)
+    scaled = result / out_scale[:, None]
+    assert scaled.abs().amax() <= 448
+    return scaled.to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "down", "taken"), [("bf16", None, True), ("fp8", None, True), ("fp8", "bf16", False)]
+)
+def test_gate_and_up_in_one_launch(recipe, down, taken, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(device_model, "gate_up_product", lambda *a, **k: calls.append(1) or gate_up_on_the_cpu(*a, **k))
+    if down is not None:
+        mine = tmp_path / "mine.yaml"
+        mine.write_text(f"include: {recipe}\nsites: {{'*language_model*down_proj': {down}}}\n")
+        recipe = mine
+    inputs, noise, _ = golden_case(0)
+    model = build(recipe)
+    expected = run(model, inputs_of(model, inputs, noise))
+    model.table = dataclasses.replace(model.table, gate_up="hopper")
+    assert not calls
+    result = run(model, inputs_of(model, inputs, noise))
+    assert len(calls) == (len(model.weights.prefix) - 1 if taken else 0)
+    error = np.linalg.norm(result - expected) / np.linalg.norm(expected)
+    assert error < (1e-4 if recipe == "bf16" else 2e-2)  # other roundings of the activations
 
 
 @pytest.mark.parametrize("mode", ["guided", "prior_corrected", "prefix"])
