@@ -31,6 +31,7 @@ from hybrid_policy.kernels import (
     expert_loop_packing,
     flow_step,
     fp8,
+    gate_up_product,
     hopper_product,
     nvfp4,
     prefix_attention,
@@ -274,9 +275,27 @@ def product() -> Outputs:
     return outs
 
 
+def gated() -> Outputs:
+    """gate_up_product: both formats, rings that turn over, one piece of staging and two, ragged tokens and features."""
+    outs: Outputs = {}
+    for eight in (True, False):
+        dtype = torch.float8_e4m3fn if eight else torch.bfloat16
+        for m, features, k, nt in ((37, 16, 144, 40), (70, 400, 400, 72), (150, 272, 784, 144)):
+            x, w = normal(m, k).to(dtype), normal(2 * features, k).to(dtype)
+            scales = {}
+            if eight:
+                squares = x.float().square().sum(1)
+                scales = {"row_scale": torch.ones(m, device="cuda"), "squares": squares, "out_scale": squares.clone()}
+            for cluster in (1, 2):
+                plan = gate_up_product.make_plan(eight, nt, cluster=cluster)
+                name = f"{dtype}, {m} x {features} x {k}, cluster {cluster}"
+                outs[name] = gate_up_product.gate_up_product(x, w, **scales, pdl=cluster == 2, plan=plan)
+    return outs
+
+
 GROUPS: dict[str, Callable[[], Outputs]] = {
     "gate_up": gate_up, "down": down, "stream": stream, "rows": rows, "expert": expert_layer, "loop": loop,
-    "flow": flow, "vision": vision, "prefix_attention": prefix, "product": product,
+    "flow": flow, "gated": gated, "vision": vision, "prefix_attention": prefix, "product": product,
 }  # fmt: skip
 #: Kernels that have their own GPU tests, sanitised through these.
 TEST_GROUPS = (

@@ -19,7 +19,9 @@ FP8 = torch.float8_e4m3fn
 @pytest.fixture(autouse=True)
 def never_hang(monkeypatch):
     monkeypatch.setattr(gate_up, "SPIN_LIMIT", 1 << 18)
-    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"seed {seed}")  # what a failure shows
+    torch.manual_seed(seed)
 
 
 # ---- plans -------------------------------------------------------------------------------------------------
