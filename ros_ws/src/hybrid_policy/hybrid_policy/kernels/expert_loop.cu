@@ -243,6 +243,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
         barrier_init(ring.barriers + (SLOTS + threadIdx.x) * 8, WORKERS);
     }
     if (threadIdx.x == 0) barrier_init(pair_barrier, 1);
+    if (threadIdx.x <= GROUPS) barrier_init(shared_address(meetings + threadIdx.x), threadIdx.x < GROUPS ? 128 : WORKERS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
     if (__shfl_sync(0xffffffffu, threadIdx.x / 128, 0) == GROUPS) {

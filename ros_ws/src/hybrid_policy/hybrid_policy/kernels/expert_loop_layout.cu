@@ -137,7 +137,10 @@ struct OwnPlace {  // of the residual stream, for a thread of the first warpgrou
 
 __device__ __forceinline__ float4 float4_at(const float* from) { return *reinterpret_cast<const float4*>(from); }
 // all but the warp that asks for weights
-__device__ __forceinline__ void block_barrier() { asm volatile("bar.sync %0, %1;" ::"n"(GROUPS + 1), "n"(WORKERS) : "memory"); }
+__device__ __forceinline__ void block_barrier() {
+    if (BLOCK_MEETING == 1) meet(shared_address(meetings + GROUPS));
+    else asm volatile("bar.sync %0, %1;" ::"n"(BLOCK_MEETING == 2 ? 0 : GROUPS + 1), "n"(WORKERS) : "memory");
+}
 
 #if TRACE
 #define MARK(i) if (at.tid == 0) p.trace[((size_t)blockIdx.x * p.layers + layer) * 32 + (i)] = clock64()

@@ -13,7 +13,25 @@ constexpr u32 PATIENCE = 1u << 23;     // polls before a wait is called a hang (
 // compiler gives them no more registers than they began with, whatever setmaxnreg says.)
 __device__ __forceinline__ void give_up() { asm volatile("st.global.u32 [%0], %1;" ::"l"(0ull), "r"(0) : "memory"); }
 
-__device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
+// EXPERIMENT: GROUP_MEETING, BLOCK_MEETING 0: named barriers, 1: mbarriers (racecheck follows those), 2 (block): barrier 0
+#ifndef GROUP_MEETING
+#define GROUP_MEETING 0
+#endif
+#ifndef BLOCK_MEETING
+#define BLOCK_MEETING 0
+#endif
+__shared__ u64 meetings[GROUPS + 1];
+
+__device__ __forceinline__ void meet(u32 barrier) {
+    asm volatile(
+        "{\n.reg .b64 state;\n.reg .pred done;\nmbarrier.arrive.shared::cta.b64 state, [%0];\nAGAIN:\n"
+        "mbarrier.try_wait.shared::cta.b64 done, [%0], state;\n@!done bra AGAIN;\n}" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void group_barrier(int group) {
+    if (GROUP_MEETING == 1) meet(shared_address(meetings + group));
+    else asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
 
 // ---- barriers that count bytes
 
