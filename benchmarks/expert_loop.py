@@ -23,7 +23,8 @@ from hybrid_policy.kernels.qkv import rope_tables
 DEVICE = torch.device("cuda")
 ACTIONS = 32
 RECIPES = {
-    "h100": {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "e4m3"},
+    "h100": {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "w8a8"},
+    "h100a16": {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "e4m3"},
     "seed": {"qkv": "bf16", "o": "bf16", "gate_up": "nvfp4", "down": "e4m3"},
     "bf16": dict.fromkeys(STAGES, "bf16"),
     "fp8": dict.fromkeys(STAGES, "e4m3"),
@@ -47,7 +48,7 @@ def weight_of(fmt: str, n: int, k: int):
     dense = torch.randn(n, k, device=DEVICE) / k**0.5
     if fmt == "bf16":
         return dense.bfloat16()
-    return fp8.quantize(dense, per_row=False) if fmt == "e4m3" else nvfp4.quantize(dense, rule="max")
+    return nvfp4.quantize(dense, rule="max") if fmt == "nvfp4" else fp8.quantize(dense, per_row=False)
 
 
 def pick(pair, step):
@@ -81,7 +82,7 @@ class Flow:
             gates = tuple(torch.randn(steps, WIDTH, device=DEVICE) for _ in range(2))
             self.loop.pack(i, "qkv", [weights["q"], weights["k"], weights["v"]], shifts[0])
             self.loop.pack(i, "o", [weights["o"]])
-            self.loop.pack(i, "gate_up", [weights["gate"], weights["up"]], shifts[1])
+            self.loop.pack(i, "gate_up", [weights["gate"], weights["up"]], shifts[1], factors[1])
             self.loop.pack(i, "down", [weights["down"]])
             self.loop.modulate(i, factors, gates)
             self.layers.append(

@@ -73,20 +73,22 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             // activations: 512 columns a block, 256 for the output projection; each warpgroup brings its share, in halves: the
             // second comes while the products with the first are under way
             const u32 input = stage == QKV ? M_IN1 : stage == OUT ? M_SEEN : stage == GATE_UP ? M_IN2 : M_ACT;
-            const u32 halves = stage == OUT ? 1 : 2, width = stage == OUT ? HEADS * HEAD_DIM : stage == DOWN ? FEATURES : WIDTH;
+            const bool eight = FORMAT_DOWN == 3 && stage == DOWN;
+            const u32 halves = stage == OUT || eight ? 1 : 2;
+            const u32 row_bytes = stage == OUT ? HEADS * HEAD_DIM * 2 : stage == DOWN ? FEATURES * ACT_BYTES : WIDTH * 2;
             const u32 part = in_pair ? at.part % 2 : at.part;
             // of 64 columns, from one half to the next; and a warpgroup's first: in gate/up they share columns
-            const u32 apart = stage == OUT ? 1 : stage == GATE_UP ? 4 : 2, first_block = at.group * (stage == GATE_UP ? 2 : 2 * halves);
+            const u32 apart = halves == 1 ? 1 : stage == GATE_UP ? 4 : 2, first_block = at.group * (stage == GATE_UP ? 2 : 2 * halves);
             const u8* const activations = mail + input + (part * (4 * halves) + first_block) * 128;
             const u8* const squares_at = mail + (stage == QKV ? M_SQUARES1 : M_SQUARES2);
             const u32 place = at.tid % 128, blocks_at = x + first_block * (MT * 128);
             Squares squares;
             Words words;  // of the first piece: they wait for the activations, not the other way round
             words.read(ring, at.warp, at.lane, format == 2);
-            await_tokens(activations, place, at.group, apart * 128, width * 2);
+            await_tokens(activations, place, at.group, apart * 128, row_bytes);
             if (in_pair) squares.ask(at, squares_at);
             Taken taken;
-            taken.ask(activations, place, width * 2);
+            taken.ask(activations, place, row_bytes);
             float d[4 * NT];
 #pragma unroll
             for (int i = 0; i < 4 * NT; i++) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i]));  // here, not long before
@@ -95,15 +97,17 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             const u32 operand = stage == GATE_UP ? x : blocks_at;
 #pragma unroll 1
             for (u32 half = 0;;) {
-                taken.keep(blocks_at + half * apart * (MT * 128), activations + half * apart * 128, place, width * 2);
+                taken.keep(blocks_at + half * apart * (MT * 128), activations + half * apart * 128, place, row_bytes);
                 const bool last_half = ++half == halves;
-                if (!last_half) taken.ask(activations + apart * 128, place, width * 2);
+                if (!last_half) taken.ask(activations + apart * 128, place, row_bytes);
                 if (!last_half && pieces == all) continue;
                 if (stage == GATE_UP) block_barrier(); else group_barrier(at.group);
                 if (half == 1) MARK(stage == QKV ? 1 : 4 * stage + 2);
                 const u32 from = operand + (pieces == all ? 0 : half - 1) * apart * (MT * 128);
                 if (HAS_FORMAT(2) && format == 2)
                     product<2>(d, words, ring, from, pieces, last_half, at.warp, at.lane);
+                else if (HAS_FORMAT(3) && format == 3)
+                    product<3>(d, words, ring, from, pieces, last_half, at.warp, at.lane);
                 else if (HAS_FORMAT(1) && (format == 1 || !HAS_FORMAT(0)))
                     product<1>(d, words, ring, from, pieces, last_half, at.warp, at.lane);
                 else
@@ -181,7 +185,9 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                     }
                 } else {
                     wait_bytes(pair_barrier, pair_parity);
-                    const u32 to = M_ACT + (first_row + local_row);  // two rows a feature of two bytes
+                    const u32 to = M_ACT + (first_row + local_row) / 2 * ACT_BYTES;  // two rows a feature
+                    const float inverse = FORMAT_DOWN == 3 ? vectors[V_SCALES] : 1.0f;
+                    u32 pairs[LOW_TILES + 1];  // E4M3: of a token tile, two features
 #pragma unroll
                     for (int n = 0; n < LOW_TILES; n++) {
                         if (n >= tiles) break;
@@ -190,11 +196,23 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                         float4 v = low ? make_float4(d[4 * n], d[4 * n + 1], d[4 * n + 2], d[4 * n + 3]) : make_float4(d[high], d[high + 1], d[high + 2], d[high + 3]);
                         add(v, load_shared_float4(inbox + box + n * 4096));
                         v = four_rows(v, at.odd);
-                        if (token >= TOKENS) continue;
-                        const float root = roots[token];
+                        if (FORMAT_DOWN != 3 && token >= TOKENS) continue;
+                        const float root = roots[min(token, (u32)TOKENS - 1)];
                         const float a = geglu(fmaf(v.x * root, scale.x, second.x), fmaf(v.y * root, scale.y, second.y));
                         const float b = geglu(fmaf(v.z * root, scale.z, second.z), fmaf(v.w * root, scale.w, second.w));
-                        post(mail + to + token * (FEATURES * 2), pack_bf16(a, b));
+                        if (FORMAT_DOWN != 3) {
+                            post(mail + to + token * (FEATURES * 2), pack_bf16(a, b));
+                            continue;
+                        }
+                        // with the lane of g ^ 2, which has the next two features, one trades for four of one of two tiles
+                        pairs[n] = pack_e4m3(a * inverse, b * inverse, 0.0f, 0.0f);
+                        if (n % 2 == 0 && n + 1 < tiles) continue;
+                        const bool later = at.g & 2;
+                        const u32 first = pairs[n & ~1], second = n % 2 ? pairs[n] : 0;
+                        const u32 got = __shfl_xor_sync(0xffffffffu, later ? first : second, 8);
+                        const u32 mine = (first_tile + (n & ~1) + later) * 8 + token_in_tile;
+                        if (mine < TOKENS && (n & ~1) + later < tiles)
+                            post(mail + to - later * 2 + mine * FEATURES, later ? got | second << 16 : first | got << 16);
                     }
                 }
                 pair_parity ^= 1;

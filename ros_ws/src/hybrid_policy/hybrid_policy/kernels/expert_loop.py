@@ -20,6 +20,7 @@ from hybrid_policy.kernels import expert, expert_packing
 from hybrid_policy.kernels.expert import Weight
 from hybrid_policy.kernels.expert_loop_packing import (
     FEATURES,
+    FORMATS,
     GROUPS,
     HEAD_DIM,
     HEADS,
@@ -36,6 +37,7 @@ from hybrid_policy.kernels.expert_loop_packing import (
     steps_of,
 )
 from hybrid_policy.kernels.flow_step import FlowWeights, Guide
+from hybrid_policy.kernels.norm import E4M3_MAX
 from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
 
 SOURCES = kernel_sources(
@@ -54,7 +56,7 @@ class LoopPlan:
     """Sizes that follow from tokens, cache and formats.
 
     padded: tokens of a product. keys: rows of the cache a block attends to, at most. slots: of the ring of weights,
-    ``slot`` bytes each.
+    ``slot`` bytes each. act_bytes: of one of GeGLU's results.
     """
 
     tokens: int
@@ -62,6 +64,7 @@ class LoopPlan:
     keys: int
     slots: int
     slot: int
+    act_bytes: int
 
     def shared(self) -> int:
         """Bytes of dynamic shared memory; as laid out in expert_loop_layout.cu."""
@@ -74,8 +77,8 @@ class LoopPlan:
     @property
     def mail_words(self) -> int:
         """32-bit words of one copy of the mail."""
-        rows = 2 * WIDTH + 2 * HEADS * HEAD_DIM + 2 * HEAD_DIM + FEATURES
-        return self.padded * (rows // 2 + 2 * TILES) + TILES * PARTS * 64
+        rows = 2 * WIDTH + 2 * HEADS * HEAD_DIM + 2 * HEAD_DIM
+        return self.padded * (rows // 2 + FEATURES * self.act_bytes // 4 + 2 * TILES) + TILES * PARTS * 64
 
     @property
     def parcel_words(self) -> int:
@@ -97,7 +100,7 @@ def plan_loop(tokens: int, capacity: int, formats: Mapping[str, str], limit: int
     padded = 56 if tokens <= 56 else 64
     slot = WARPS * LOADS * max(SIXTEEN[fmt][1] for fmt in formats.values())
     for slots in range(6, 2, -1):
-        plan = LoopPlan(tokens, padded, keys, slots, slot)
+        plan = LoopPlan(tokens, padded, keys, slots, slot, 1 if formats["down"] == "w8a8" else 2)
         if plan.shared() + STATIC_BYTES <= limit:
             return plan
     return None
@@ -125,7 +128,8 @@ class ExpertLoop:
     Args:
         layers, steps: of the expert, of the flow.
         tokens: of a chunk. actions: of a token, at most `LANES`. capacity: rows of the cache.
-        formats: ``qkv``, ``o``, ``gate_up``, ``down`` -> bf16, e4m3 or nvfp4 (activations are bf16 in each).
+        formats: ``qkv``, ``o``, ``gate_up``, ``down`` -> bf16, e4m3 or nvfp4 (activations are bf16 in each); ``down``
+            also w8a8 (weights and GeGLU's results in E4M3, one scale a layer and step that holds for any input).
         trace: record clocks of every block and stage in `clocks`.
         macros: for experiments.
     """
@@ -167,7 +171,8 @@ class ExpertLoop:
         self._without = self.weights[head:].view(blocks - QKV_BLOCKS, layers, WARPS * tail)
         rows = sum(shape[0] for shape in STAGES.values())
         self.row_scale = torch.empty(layers, rows, device=device)
-        self.vectors = torch.empty(steps, layers, rows + 2 * WIDTH, device=device)
+        self.vectors = torch.zeros(steps, layers, rows + 2 * WIDTH + 4, device=device)
+        self._act_scale = torch.ones(layers, steps, device=device)
         self._out_weight, self._in_weight = (torch.zeros(WIDTH, LANES, device=device) for _ in range(2))
         self._in_bias, self._factor = torch.zeros(WIDTH, device=device), torch.zeros(steps, WIDTH, device=device)
         self._shift, self._times = torch.zeros(steps, LANES, device=device), torch.zeros(steps, 4, device=device)
@@ -178,7 +183,7 @@ class ExpertLoop:
         ahead = 64 if WARPS * at > 200 * 1024 else 0
         macros = {"AHEAD": ahead} | (macros or {}) | {"TOKENS": tokens, "ACTIONS": actions, "MT": plan.padded}
         macros |= {"KEYS": plan.keys, "SLOTS": plan.slots}
-        macros |= {f"FORMAT_{name.upper()}": expert.FORMATS[fmt] for name, fmt in formats.items()}
+        macros |= {f"FORMAT_{name.upper()}": FORMATS[fmt] for name, fmt in formats.items()}
         self._kernel = Kernel(
             SOURCES, "expert_loop", macros | {"PDL": int(pdl), "TRACE": int(trace)},
             threads=WARPS * 32 + 128,
@@ -189,15 +194,24 @@ class ExpertLoop:
             raise InputError(f"expert loop: this device holds {room} pairs of blocks at once, {pairs} needed")
         self.route = f"expert_loop.cu {', '.join(f'{name} {fmt}' for name, fmt in formats.items())}"
 
-    def pack(self, layer: int, stage: str, weights: list[Weight], shift: Tensor | None = None) -> None:
+    def pack(
+        self,
+        layer: int,
+        stage: str,
+        weights: list[Weight],
+        shift: Tensor | None = None,
+        factor: Tensor | None = None,
+    ) -> None:
         """Put one stage's weights in their place.
 
         weights: q, k, v; o; gate, up; or down. shift: of the norm before, float32 [steps, K], for qkv and gate_up.
+        factor: of the norm, likewise, for gate_up before a ``down`` in w8a8; `modulate` then comes after it.
         """
         fmt, values, scales, rows = expert.stack(weights)
         epilogue = {"qkv": expert.QKV, "gate_up": expert.GEGLU}.get(stage, expert.RESIDUAL)
         shape = STAGES[stage][:2]
-        if tuple(values.shape) != shape or fmt != self._formats[stage]:
+        kind = self._formats[stage]
+        if tuple(values.shape) != shape or fmt != ("e4m3" if kind == "w8a8" else kind):
             given = (fmt, tuple(values.shape))
             raise InputError.at("expert loop", f"layers.{layer}.{stage}", given, f"{self._formats[stage]} {shape}")
         order = expert.row_order(epilogue, len(values), HEAD_DIM, values.device)
@@ -208,12 +222,18 @@ class ExpertLoop:
             product = shift.float() @ expert.decoded(fmt, values, scales, rows).T
             begin = {"qkv": WIDTH, "gate_up": WIDTH + STAGES["qkv"][0] + 2 * WIDTH}[stage]
             self.vectors[:, layer, begin : begin + shape[0]] = product[:, order]
+        if stage == "gate_up" and self._formats["down"] == "w8a8":
+            if shift is None or factor is None:
+                raise InputError(f"expert loop: layers.{layer}.gate_up without shift and factor, expected for w8a8")
+            scale = act_scale(expert.decoded(fmt, values, scales, rows), factor, shift)
+            self._act_scale[layer] = scale
+            self.vectors[:, layer, -4] = 1.0 / scale
         cut = pieces(
-            fmt,
+            kind,
             expert.rows_of(values, order),
             None if scales is None else expert.rows_of(scales, order),
         )
-        steps = LOADS * SIXTEEN[fmt][0]
+        steps = LOADS * SIXTEEN[kind][0]
         tiles, first = (share.to(values.device) for share in shares(stage))
         count = steps_of(stage) // steps
         index = (first // steps)[..., None] + torch.arange(count, device=values.device)
@@ -234,7 +254,7 @@ class ExpertLoop:
             (0, factors[0]),
             (second, gates[0]),
             (second + WIDTH, factors[1]),
-            (second + 2 * WIDTH + gate_up, gates[1]),
+            (second + 2 * WIDTH + gate_up, gates[1] * self._act_scale[layer][:, None]),
         ):
             self.vectors[:, layer, begin : begin + WIDTH] = value
 
@@ -305,6 +325,20 @@ class ExpertLoop:
     def nbytes(self) -> int:
         """Bytes of weights, vectors and mail."""
         return self.weights.nbytes + self.row_scale.nbytes + self.vectors.nbytes + self._mail.nbytes
+
+
+def act_scale(weight: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
+    """What GeGLU's results are divided by before E4M3, so that none saturates, whatever the input: float32 [steps].
+
+    A normalised row has ‖n‖ ≤ √K, so |W_j·(n∘f + s)| ≤ √K ‖W_j∘f‖ + |W_j·s| (Cauchy-Schwarz), and |gelu(g) u| ≤ |g||u|.
+    A hundredth more covers the roundings to bf16.
+
+    Args:
+        weight: gate's rows, then up's, float32 [2 * FEATURES, K]. factor, shift: of the norm, float32 [steps, K].
+    """
+    rows = weight.shape[1] ** 0.5 * (weight.square() @ factor.square().T).sqrt() + (weight @ shift.T).abs()
+    gate, up = (1.01 * rows).chunk(2)
+    return (gate * up).amax(0).clamp(min=1e-30) / E4M3_MAX
 
 
 def fits_device(

@@ -26,12 +26,14 @@ constexpr int QUERIES = 32;              // rows of attention of a tile
 constexpr int R_QKV = 0, R_O = R_QKV + QKV_ROWS, R_GATE_UP = R_O + WIDTH, R_DOWN = R_GATE_UP + 2 * FEATURES;
 constexpr int R_LAYER = R_DOWN + WIDTH;
 constexpr int V_FACTOR1 = 0, V_QKV = V_FACTOR1 + WIDTH, V_GATE1 = V_QKV + QKV_ROWS, V_FACTOR2 = V_GATE1 + WIDTH;
-constexpr int V_GATE_UP = V_FACTOR2 + WIDTH, V_GATE2 = V_GATE_UP + 2 * FEATURES, V_LAYER = V_GATE2 + WIDTH;
+constexpr int V_GATE_UP = V_FACTOR2 + WIDTH, V_GATE2 = V_GATE_UP + 2 * FEATURES, V_SCALES = V_GATE2 + WIDTH;
+constexpr int V_LAYER = V_SCALES + 4;  // what GeGLU's results are multiplied by, where down takes E4M3; three more
 
 // bytes of one copy of the mail
+constexpr int ACT_BYTES = FORMAT_DOWN == 3 ? 1 : 2;  // of one of GeGLU's results
 constexpr int M_IN1 = 0, M_Q = M_IN1 + MT * WIDTH * 2, M_K = M_Q + MT * HEADS * HEAD_DIM * 2, M_V = M_K + MT * HEAD_DIM * 2;
 constexpr int M_SEEN = M_V + MT * HEAD_DIM * 2, M_IN2 = M_SEEN + MT * HEADS * HEAD_DIM * 2, M_ACT = M_IN2 + MT * WIDTH * 2;
-constexpr int M_SQUARES1 = M_ACT + MT * FEATURES * 2, M_SQUARES2 = M_SQUARES1 + TILES * MT * 4;
+constexpr int M_SQUARES1 = M_ACT + MT * FEATURES * ACT_BYTES, M_SQUARES2 = M_SQUARES1 + TILES * MT * 4;
 constexpr int M_TOPS = M_SQUARES2 + TILES * MT * 4, MAIL = M_TOPS + TILES * PARTS * QUERIES * 8;
 // bytes of the parcels: partial sums of output and down [tile, owner, part, row tile of four, lane] four floats, of
 // attention [tile, owner, part, row of 8, half, lane] four bf16

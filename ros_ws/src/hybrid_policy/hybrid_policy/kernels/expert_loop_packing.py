@@ -18,7 +18,9 @@ STAGES = {
 }
 QKV_BLOCKS = STAGES["qkv"][0] // 64 * 2
 #: k steps in 16 bytes of each lane of a warp, and bytes of a warp for them
-SIXTEEN = {"bf16": (1, 512), "e4m3": (2, 512), "nvfp4": (4, 640)}
+SIXTEEN = {"bf16": (1, 512), "e4m3": (2, 512), "nvfp4": (4, 640), "w8a8": (2, 512)}
+#: the macros' names of formats; w8a8: weights in E4M3, and activations too
+FORMATS = {"bf16": 0, "e4m3": 1, "nvfp4": 2, "w8a8": 3}
 #: warpgroups of a block, and their warps; a lane's loads, 16 bytes each, in a piece of the ring
 GROUPS, WARPS, LOADS = 2, 8, 4
 
@@ -33,12 +35,15 @@ def pieces(fmt: str, values: Tensor, scales: Tensor | None) -> Tensor:
 
     Lane ``4g + t`` holds wgmma's A fragment of 16 rows and 16 k: element (k8, r8, e) is row ``2g + r8``, k
     ``2t + 8 k8 + e``. A share is `LOADS` times 512 bytes, of each lane 16. bf16: one k step, (k8, r8, e). E4M3:
-    two k steps, four words (step, k8) of `e4m3_words`. NVFP4: four k steps, a word of `packing.pack_words` each; then
+    two k steps, four words (step, k8) of `e4m3_words`; w8a8: four words (k16, r8) of four values of K. NVFP4: four k steps, a word of `packing.pack_words` each; then
     as often 128 bytes of scales: for each g four words, one a k step, of bf16(scale · 2^119) of rows 2g (low) and
     2g + 1.
     """
     n, k = values.shape
-    raw = values if fmt != "e4m3" else values.view(torch.uint8)
+    raw = values.view(torch.uint8) if fmt in ("e4m3", "w8a8") else values
+    if fmt == "w8a8":  # T g r8 S k16 t e -> T S g t k16 r8 e
+        bytes_ = raw.reshape(n // 16, 8, 2, k // 32, 2, 4, 4).permute(0, 3, 1, 5, 4, 2, 6)
+        return bytes_.reshape(n // 16, -1, LOADS * SIXTEEN[fmt][1])
     # T g r8 S k8 t e -> T S g t k8 r8 e
     f = raw.reshape(n // 16, 8, 2, k // 16, 2, 4, 2).permute(0, 3, 1, 5, 4, 2, 6)
     size = LOADS * SIXTEEN[fmt][1]

@@ -48,7 +48,8 @@ __device__ __forceinline__ void wait_bytes(u32 barrier, u32 parity) {
 constexpr int LOADS = 4;  // of a lane, 16 bytes each, in a piece
 
 template <int FORMAT> struct Piece {  // a warp's share of one bulk copy
-    static constexpr int PER16 = FORMAT == 0 ? 1 : FORMAT == 1 ? 2 : 4;  // k steps of 16 in 16 bytes of each lane
+    static constexpr int PER16 = FORMAT == 0 ? 1 : FORMAT == 2 ? 4 : 2;  // k steps of 16 in 16 bytes of each lane
+    static constexpr int PRODUCTS = FORMAT == 3 ? 1 : PER16;             // instructions for them
     static constexpr int STEPS = LOADS * PER16;
     static constexpr int BYTES = LOADS * (FORMAT == 2 ? 640 : 512);  // NVFP4: 512 of codes, then 128 of scales, each
 };
@@ -235,13 +236,30 @@ __device__ __forceinline__ void warpgroup_mma(float (&d)[4 * NT], const u32 (&a)
 #endif
 }
 
+// The same for 32 values of K in E4M3 on both sides
+__device__ __forceinline__ void warpgroup_mma_e4m3(float (&d)[4 * NT], const u32 (&a)[4], u64 b) {
+#if MT == 56
+    asm volatile("wgmma.mma_async.sync.aligned.m64n56k32.f32.e4m3.e4m3 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+                 "%22, %23, %24, %25, %26, %27}, {%28, %29, %30, %31}, %32, 1, 1, 1;"
+                 : D4(0), D4(1), D4(2), D4(3), D4(4), D4(5), D4(6)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#else
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+                 "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1;"
+                 : D4(0), D4(1), D4(2), D4(3), D4(4), D4(5), D4(6), D4(7)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#endif
+}
+
 // One k step of the A operand from a lane's words. E4M3: a word holds (k8; r8, e), by halves e: row 2g's sign and magnitude
 // at bits 15 and 10..4, as a bf16 wants them; row 2g + 1's sign at 11, its magnitude's upper three bits at 14..12 and lower
 // four at 3..0. NVFP4: packing.pack_words; scales: bf16 of s * 2^119 of both rows. (13 and 15 instructions; expert_common's
 // plain bytes and nibbles take 24.)
 template <int FORMAT>
 __device__ __forceinline__ void operand_of(u32 (&a)[4], const uint4& w, int step, u32 scales) {
-    if constexpr (FORMAT == 0) {
+    if constexpr (FORMAT == 0 || FORMAT == 3) {
         a[0] = w.x, a[1] = w.y, a[2] = w.z, a[3] = w.w;
     } else if constexpr (FORMAT == 1) {
         const u32 words[2] = {step == 0 ? w.x : w.z, step == 0 ? w.y : w.w};
@@ -281,7 +299,8 @@ struct Words {
 // there.
 template <int FORMAT>
 __device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& ring, u32 x, u32 pieces, bool last, u32 warp, u32 lane) {
-    constexpr int BATCH = Piece<FORMAT>::PER16, APART = Piece<FORMAT>::STEPS / 4 * (MT * 8);  // blocks of four k steps
+    // an instruction takes 32 bytes of a token's row, a block of 128 bytes four
+    constexpr int BATCH = Piece<FORMAT>::PRODUCTS, APART = LOADS * BATCH / 4 * (MT * 8);
     // K-major, 128-byte swizzle, 1024 bytes from eight tokens to the next eight
     constexpr u32 HIGH = 64 | 1u << 30;
     u32 here = x >> 4 | 1 << 16;
@@ -301,7 +320,9 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& 
 #pragma unroll
             for (int k = 0; k < BATCH; k++) {
                 const int step = i * BATCH + k;
-                warpgroup_mma(d, a[k], (u64)HIGH << 32 | (here + (step / 4 * (MT * 128) + step % 4 * 32 >> 4)));
+                const u64 b = (u64)HIGH << 32 | (here + (step / 4 * (MT * 128) + step % 4 * 32 >> 4));
+                if constexpr (FORMAT == 3) warpgroup_mma_e4m3(d, a[k], b);
+                else warpgroup_mma(d, a[k], b);
             }
             products_commit();
             if (i >= 1 && i + 1 < LOADS) products_wait<1>();  // the registers of the batch before are free

@@ -11,7 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ReferenceLayer:
-    """Weights [out, in]; norms' factors (1 + scale), shifts and the gates behind them, [width] each."""
+    """Weights [out, in]; norms' factors (1 + scale), shifts and the gates behind them, [width] each.
+
+    act_scale: where GeGLU's results are rounded to E4M3, what they are divided by.
+    """
 
     q: Tensor
     k: Tensor
@@ -23,6 +26,7 @@ class ReferenceLayer:
     factors: tuple[Tensor, Tensor]
     shifts: tuple[Tensor, Tensor]
     gates: tuple[Tensor, Tensor]
+    act_scale: float | None = None
 
 
 def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -56,4 +60,6 @@ def layer_reference(
     h = h + layer.gates[0].to(dtype) * (seen @ layer.o.to(dtype).T)
     x = normed(1)
     act = F.gelu(x @ layer.gate.to(dtype).T, approximate="tanh") * (x @ layer.up.to(dtype).T)
+    if layer.act_scale is not None:
+        act = (act / layer.act_scale).float().to(torch.float8_e4m3fn).to(dtype) * layer.act_scale
     return h + layer.gates[1].to(dtype) * (act @ layer.down.to(dtype).T)

@@ -13,7 +13,7 @@ from hybrid_policy.kernels.qkv import rope_tables
 from .machine_code import compiled, disassembled, nvcc
 
 H100_LIMIT = 232448  # bytes of shared memory a block
-HYBRID = {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "e4m3"}
+HYBRID = {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "w8a8"}
 SEED = HYBRID | {"qkv": "bf16", "o": "bf16"}
 BF16 = dict.fromkeys(expert_loop_packing.STAGES, "bf16")
 hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -33,9 +33,16 @@ def operand(fmt, words, scale_word, k8, r8, e):
         word = words[k8]
         first, second = word & 0x87F087F0, (word << 4) & 0x80F080F0 | (word >> 4) & 0x07000700
         return as_bf16((second if r8 else first) >> half) * 2.0**120
+    if fmt == "w8a8":
+        byte = words[r8 + 2 * k8] >> 8 * e & 0xFF
+        return torch.tensor([byte], dtype=torch.uint8).view(torch.float8_e4m3fn).double().item()
     word, mask = words[0], 0x81C081C0
     pairs = word & mask, (word << 3 ^ word << 2) & mask, word << 6 & mask, (word << 1 ^ word >> 4) & mask
     return as_bf16(pairs[2 * k8 + r8] >> half) * 2.0**126 * as_bf16(scale_word >> 16 * r8) * 2.0**-119
+
+
+def inner_half(column):
+    return column % 32 // 16
 
 
 @pytest.mark.parametrize("fmt", expert_loop_packing.SIXTEEN)
@@ -59,11 +66,13 @@ def test_pieces_hold_every_weight(fmt):
             tile, (g, r8) = row // 16, divmod(row % 16, 2)
             step, inner = divmod(column, 16)
             k8, (t, e) = inner // 8, divmod(inner % 8, 2)
+            if fmt == "w8a8":  # steps of 32: their two halves in k8's place, four values in a word
+                step, k8, (t, e) = column // 32 * 2, inner_half(column), divmod(column % 16, 4)
             piece, rest = divmod(step, sixteens * per16)
             i, within = divmod(rest, per16)
             data = cut[tile, piece]
             lane = data[i * 512 + (4 * g + t) * 16 :][:16].contiguous().view(torch.int32).tolist()
-            words = {"bf16": lane, "e4m3": lane[2 * within :], "nvfp4": lane[within:]}[fmt]
+            words = {"bf16": lane, "e4m3": lane[2 * within :], "nvfp4": lane[within:], "w8a8": lane}[fmt]
             scale = 0
             if fmt == "nvfp4":
                 at = sixteens * 512 + i * 128 + g * 16 + within * 4
@@ -106,7 +115,7 @@ def test_machine_code(tmp_path, formats):
     plan = expert_loop.plan_loop(50, 762, formats, H100_LIMIT)
     macros = {"TOKENS": 50, "ACTIONS": 32, "MT": 56, "KEYS": plan.keys, "SLOTS": plan.slots, "PDL": 1, "TRACE": 0}
     macros["AHEAD"] = 64
-    macros |= {f"FORMAT_{name.upper()}": expert.FORMATS[fmt] for name, fmt in formats.items()}
+    macros |= {f"FORMAT_{name.upper()}": expert_loop_packing.FORMATS[fmt] for name, fmt in formats.items()}
     sizes = {"SHARED": plan.shared(), "MAIL": plan.mail_words * 4, "PARCELS": plan.parcel_words * 4}
     counted = " ".join(f"static_assert({name} == {size});" for name, size in sizes.items())
     assert "HGMMA" in disassembled(compiled(tmp_path, expert_loop.SOURCES, macros, epilogue=counted))
@@ -116,7 +125,7 @@ def weight_of(fmt, n, k):
     dense = torch.randn(n, k, device="cuda") / math.sqrt(k)
     if fmt == "bf16":
         return dense.bfloat16()
-    return fp8.quantize(dense, per_row=False) if fmt == "e4m3" else nvfp4.quantize(dense, rule="max")
+    return nvfp4.quantize(dense, rule="max") if fmt == "nvfp4" else fp8.quantize(dense, per_row=False)
 
 
 ACTIONS = 27
@@ -143,16 +152,23 @@ def build(formats, layers, steps, tokens, valid, capacity):
         for stage, rows in shapes.items():
             k = expert_loop_packing.STAGES[stage][1]
             weights = {name: weight_of(formats[stage], n, k) for name, n in rows.items()}
-            loop.pack(i, stage, list(weights.values()), {"qkv": shifts[0], "gate_up": shifts[1]}.get(stage))
+            loop.pack(i, stage, list(weights.values()), {"qkv": shifts[0], "gate_up": shifts[1]}.get(stage), factors[1])
             dense |= {name: expert.decoded(*expert.stack([w])) for name, w in weights.items()}
         loop.modulate(i, factors, gates)
+        scale = expert_loop.act_scale(torch.cat((dense["gate"], dense["up"])), factors[1], shifts[1])
 
         def pick(pair, step):
             return pair[0][step], pair[1][step]
 
         reference.append(
             [
-                ReferenceLayer(**dense, factors=pick(factors, s), shifts=pick(shifts, s), gates=pick(gates, s))
+                ReferenceLayer(
+                    **dense,
+                    factors=pick(factors, s),
+                    shifts=pick(shifts, s),
+                    gates=pick(gates, s),
+                    act_scale=scale[s].item() if formats["down"] == "w8a8" else None,
+                )  # fmt: skip
                 for s in range(steps)
             ]
         )
@@ -209,6 +225,21 @@ class TestLoop:
         noise[1, 5] = math.nan  # goes to that token, and to those that attend to it: all
         free = Guide(target, 0 * ramp, torch.tensor([0], dtype=torch.int32, device="cuda"))
         assert run(noise, free).isnan().all()
+
+
+def test_no_result_of_geglu_saturates():
+    torch.manual_seed(0)
+    weight, factor = torch.randn(64, 128) * torch.rand(64, 1), 1 + 0.3 * torch.randn(3, 128)
+    shift = 0.3 * torch.randn(3, 128)
+    scale = expert_loop.act_scale(weight, factor, shift)
+    assert scale.shape == (3,)
+    x = torch.cat((torch.randn(200, 128), torch.eye(128), weight))
+    x = x * (128**0.5 / x.norm(dim=1, keepdim=True))
+    for step in range(3):
+        for row in (x, x * torch.sign(factor[step])):
+            gate, up = ((row * factor[step] + shift[step]) @ weight.T).chunk(2, 1)
+            act = torch.nn.functional.gelu(gate, approximate="tanh") * up
+            assert act.abs().max() / scale[step] <= 448
 
 
 def test_a_wrong_weight_is_refused():
