@@ -90,15 +90,6 @@ __device__ __forceinline__ void pin(float (&d)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
-// behind a wait: products that it waited for read these registers. The compiler knows so up to the next branch alone, and
-// gives them to somebody else behind it.
-__device__ __forceinline__ void hold(const u32& a) { asm volatile("" ::"r"(a)); }
-template <typename T, int N>
-__device__ __forceinline__ void hold(const T (&a)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) hold(a[i]);
-}
-
 // of a warpgroup, once its role is known
 template <int REGISTERS>
 __device__ __forceinline__ void more_registers() {

@@ -64,6 +64,19 @@ struct Ring {
     __device__ __forceinline__ void advance() {
         if (++slot == SLOTS) slot = 0, parity ^= 1;
     }
+    // by every worker: it has read its share of this piece
+    __device__ __forceinline__ void give_back() {
+        arrive(empty());
+        advance();
+    }
+    // for all of a warp, without waiting
+    __device__ __forceinline__ bool there() const {
+        u32 done;
+        asm volatile(
+            "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+            : "=r"(done) : "r"(full()), "r"(parity) : "memory");
+        return __all_sync(0xffffffffu, done);
+    }
     // by one thread: ask for the next piece, once its slot is empty
     __device__ __forceinline__ void ask(const u8* from, u32 size, u64 policy) {
         wait_bytes(empty(), parity ^ 1);
@@ -278,24 +291,35 @@ __device__ __forceinline__ void operand_of(u32 (&a)[4], const uint4& w, int step
     }
 }
 
+// v, where ``use``; without a branch
+__device__ __forceinline__ void load_shared4_if(uint4& v, u32 address, bool use) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "r"(address), "r"((u32)use));
+}
+
 // A lane's words of a piece: codes, and scales where there are some
 struct Words {
     uint4 codes[LOADS], scales[LOADS];
-    __device__ __forceinline__ void read(Ring& ring, u32 warp, u32 lane, bool scaled) {
-        wait_bytes(ring.full(), ring.parity);
+
+    // those of the next piece, which is there; without a branch
+    __device__ __forceinline__ void load(const Ring& ring, u32 warp, u32 lane, bool scaled, bool use) {
         const u32 from = ring.data + ring.slot * SLOT + warp * (LOADS * (scaled ? 640 : 512));
 #pragma unroll
-        for (int i = 0; i < LOADS; i++) codes[i] = load_shared4(from + i * 512 + lane * 16);
+        for (int i = 0; i < LOADS; i++) load_shared4_if(codes[i], from + i * 512 + lane * 16, use);
         if (HAS_FORMAT(2) && scaled)
 #pragma unroll
-            for (int i = 0; i < LOADS; i++) scales[i] = load_shared4(from + LOADS * 512 + i * 128 + lane / 4 * 16);
-        arrive(ring.empty());
-        ring.advance();
+            for (int i = 0; i < LOADS; i++) load_shared4_if(scales[i], from + LOADS * 512 + i * 128 + lane / 4 * 16, use);
+    }
+    __device__ __forceinline__ void read(Ring& ring, u32 warp, u32 lane, bool scaled) {
+        wait_bytes(ring.full(), ring.parity);
+        load(ring, warp, lane, scaled, true);
+        ring.give_back();
     }
 };
 
 // d += W x over ``pieces`` of the ring, of which ``words`` has the first, and has the next one then, unless they are the stage's
-// last; x: shared address of the first block of 64 columns. Nothing is under way from piece to piece: else the compiler moves the sums elsewhere behind the loop before they are
+// last; x: shared address of the first block of 64 columns. No branch comes between products and their end: they read their
+// registers while they run, and behind a branch the assembler gives those to others. Nothing is under way from piece to piece: else the compiler moves the sums elsewhere behind the loop before they are
 // there.
 template <int FORMAT>
 __device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& ring, u32 x, u32 pieces, bool last, u32 warp, u32 lane) {
@@ -306,10 +330,10 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& 
     u32 here = x >> 4 | 1 << 16;
 #pragma unroll 1
     for (u32 piece = 0;;) {
-        u32 operands[2][BATCH][4];
+        const bool follows = ++piece < pieces, more = follows || !last, there = more && ring.there();
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
-            u32 (&a)[BATCH][4] = operands[i % 2];
+            u32 a[BATCH][4];
 #pragma unroll
             for (int k = 0; k < BATCH; k++) {
                 u32 scales = 0;
@@ -328,12 +352,16 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& 
             if (i >= 1 && i + 1 < LOADS) products_wait<1>();  // the registers of the batch before are free
         }
         here += APART;
-        const bool more = ++piece < pieces;
-        if (more || !last) words.read(ring, warp, lane, FORMAT == 2);  // while the products are under way
+        // while the products are under way, which read words that need no decoding themselves
+        Words next;
+        if constexpr (FORMAT == 0 || FORMAT == 3) next.load(ring, warp, lane, false, there);
+        else words.load(ring, warp, lane, FORMAT == 2, there);
         products_wait<0>();
         pin(d);
-        hold(operands);
-        if (!more) break;
+        if constexpr (FORMAT == 0 || FORMAT == 3) words = next;
+        if (there) ring.give_back();
+        else if (more) words.read(ring, warp, lane, FORMAT == 2);
+        if (!follows) break;
     }
 }
 

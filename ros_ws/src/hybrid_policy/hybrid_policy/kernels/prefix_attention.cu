@@ -269,7 +269,6 @@ void prefix_attention(const __grid_constant__ Arguments a) {
             pin(s);
             softmax_tile(s, top, sum, correction, first_of(i + 1), total, a.scale_log2);
             products_wait<0>();
-            hold(p);
             pin(o);
             pack_tile(s, p);  // not before: the product that just ended read p
 #pragma unroll

@@ -158,7 +158,6 @@ struct Consumer {
                 for (int i = 0; i < MT; i++) product(acc[i], a[buffer][j][i], x + (group * GROUP + j) * 2);
             products_commit();
             products_wait<BUFFERS - 1>();
-            hold(a[(buffer + 1) % BUFFERS]);
             if (group == BUFFERS - 2 && !first) release(last);
         }
         last = stage;
@@ -178,7 +177,6 @@ struct Consumer {
             if (CHUNKS % 2 == 0 || c + 1 < CHUNKS) chunk<1>(false);
         }
         products_wait<0>();
-        hold(a);
 #pragma unroll
         for (int i = 0; i < MT; i++) pin(acc[i]);
         release(last);

@@ -12,15 +12,16 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 
-def compiled(folder, sources, macros, *, prelude="", epilogue="", arch="90a"):
-    """The cubin's path; without a stack, without spills, without products that wait for each other."""
+def compiled(folder, sources, macros, *, prelude="", epilogue="", arch="90a", most_stack=0):
+    """The cubin's path; without a stack (of more bytes), without products that wait for each other, without writes to
+    registers that products under way read."""
     source, cubin = folder / "kernel.cu", folder / "kernel.cubin"
     source.write_text("\n".join([prelude, *(part.read_text() for part in sources), epilogue]))
     command = ["nvcc", "-cubin", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-std=c++17", "-Xptxas", "-v"]
     command += [f"-D{key}={value}" for key, value in macros.items()] + ["-o", str(cubin), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr
+    assert max(map(int, re.findall(r"(\d+) bytes stack frame", done.stderr))) <= most_stack
     assert "serialized" not in done.stderr
     assert "Potential Performance Loss" not in done.stderr
     assert arch != "90a" or overwritten_operands(disassembled(cubin)) == []

@@ -16,6 +16,7 @@ H100_LIMIT = 232448  # bytes of shared memory a block
 HYBRID = {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "w8a8"}
 SEED = HYBRID | {"qkv": "bf16", "o": "bf16"}
 BF16 = dict.fromkeys(expert_loop_packing.STAGES, "bf16")
+FP8 = dict.fromkeys(expert_loop_packing.STAGES, "e4m3") | {"down": "w8a8"}
 hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not hopper, reason="needs a Hopper GPU (compute capability 9.0)")]
 
@@ -109,16 +110,20 @@ def test_what_does_not_fit_has_no_plan(tokens, capacity):
 
 @pytest.mark.slow
 @nvcc
-@pytest.mark.parametrize("formats", [HYBRID, BF16], ids=["hybrid", "bf16"])
-def test_machine_code(tmp_path, formats):
-    """No spills, wgmma in flight (a serialised one waits for each product), the host's count of shared memory."""
-    plan = expert_loop.plan_loop(50, 762, formats, H100_LIMIT)
+@pytest.mark.parametrize("capacity", [610, 762, 1018])
+@pytest.mark.parametrize("formats", [HYBRID, BF16, FP8, SEED], ids=["hybrid", "bf16", "fp8", "seed"])
+def test_machine_code(tmp_path, formats, capacity):
+    """wgmma in flight (a serialised one waits for each product), the host's count of shared memory."""
+    plan = expert_loop.plan_loop(50, capacity, formats, H100_LIMIT)
     macros = {"TOKENS": 50, "ACTIONS": 32, "MT": 56, "KEYS": plan.keys, "SLOTS": plan.slots, "PDL": 1, "TRACE": 0}
-    macros["AHEAD"] = 64
+    macros["AHEAD"] = 64 if formats is BF16 else 0
     macros |= {f"FORMAT_{name.upper()}": expert_loop_packing.FORMATS[fmt] for name, fmt in formats.items()}
     sizes = {"SHARED": plan.shared(), "MAIL": plan.mail_words * 4, "PARCELS": plan.parcel_words * 4}
     counted = " ".join(f"static_assert({name} == {size});" for name, size in sizes.items())
-    assert "HGMMA" in disassembled(compiled(tmp_path, expert_loop.SOURCES, macros, epilogue=counted))
+    cubin = compiled(
+        tmp_path, expert_loop.SOURCES, macros, epilogue=counted, most_stack=64 if formats is SEED else 0
+    )  # three bodies of products
+    assert "HGMMA" in disassembled(cubin)
 
 
 def weight_of(fmt, n, k):
