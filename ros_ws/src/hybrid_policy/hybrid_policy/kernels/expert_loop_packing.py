@@ -35,9 +35,9 @@ def pieces(fmt: str, values: Tensor, scales: Tensor | None) -> Tensor:
 
     Lane ``4g + t`` holds wgmma's A fragment of 16 rows and 16 k: element (k8, r8, e) is row ``2g + r8``, k
     ``2t + 8 k8 + e``. A share is `LOADS` times 512 bytes, of each lane 16. bf16: one k step, (k8, r8, e). E4M3:
-    two k steps, four words (step, k8) of `e4m3_words`; w8a8: four words (k16, r8) of four values of K. NVFP4: four k steps, a word of `packing.pack_words` each; then
-    as often 128 bytes of scales: for each g four words, one a k step, of bf16(scale · 2^119) of rows 2g (low) and
-    2g + 1.
+    two k steps, four words (step, k8) of `e4m3_words`. w8a8: two k steps, four words (step, r8) of k ``4t`` to
+    ``4t + 3``. NVFP4: four k steps, a word of `packing.pack_words` each; then as often 128 bytes of scales: for each g
+    four words, one a k step, of bf16(scale · 2^119) of rows 2g (low) and 2g + 1.
     """
     n, k = values.shape
     raw = values.view(torch.uint8) if fmt in ("e4m3", "w8a8") else values

@@ -193,6 +193,7 @@ struct Taken {  // a lane's share of two blocks, on its way: products run while 
 
     // those of ``missing``, a bit each
     __device__ __forceinline__ void ask(const u8* from, u32 t, u32 stride, u32 missing) {
+        asm volatile("" : "+r"(t));  // addresses are worked out anew each time: kept, they would take the products' registers
         const u32 first = t / 8;
         from += first * stride + t % 8 * 16;
 #pragma unroll

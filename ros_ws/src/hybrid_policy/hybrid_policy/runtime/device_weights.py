@@ -383,6 +383,8 @@ def _expert_loop(packer: _Packer, config: Pi05Config, modulations: Modulations, 
         }
         if loop is None:
             formats = {name: expert_kernels.format_of(weights[0]) for name, weights in stages.items()}
+            if formats["down"] == "e4m3":
+                formats["down"] = "w8a8"
             device = modulations.scale.device
             chunk = (config.horizon, config.max_action_dim)
             loop = ExpertLoop(gemma.depth, config.num_steps, *chunk, capacity, formats, device, pdl=pdl)
@@ -391,7 +393,7 @@ def _expert_loop(packer: _Packer, config: Pi05Config, modulations: Modulations, 
             for table in (modulations.scale, modulations.shift, modulations.gate)
         )
         for name, weights in stages.items():
-            loop.pack(i, name, weights, {"qkv": shifts[0], "gate_up": shifts[1]}.get(name))
+            loop.pack(i, name, weights, {"qkv": shifts[0], "gate_up": shifts[1]}.get(name), scales[1])
         loop.modulate(i, scales, gates)
     assert loop is not None
     packer.note("expert", loop.route)
