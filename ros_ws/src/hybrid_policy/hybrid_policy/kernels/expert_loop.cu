@@ -121,8 +121,13 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             const u32 token_in_tile = 2 * at.t + at.odd;
             const u32 box = (row_tile * 32 + at.lane) * 16;
             const u32 other = of_rank(inbox, low) + box, other_barrier = of_rank(pair_barrier, low);
-            if (in_pair && at.tid == 0) expect(pair_barrier, tiles * row_tiles * 512);
-            if (stage == GATE_UP) {  // each warpgroup has rows of its own: the other block's tiles go there at once
+            if (in_pair && at.tid == 0) expect(pair_barrier, (CROSS16 ? stage == QKV ? GROUPS : (tiles + 1) / 2 : tiles) * row_tiles * 512);
+            if (CROSS16 && stage == GATE_UP) {
+#pragma unroll
+                for (int n = 0; n < LOW_TILES; n += 2)
+                    if (!low) push_two(other + n * 2048, other_barrier, d + 4 * n, d + 4 * (n + 1));
+                    else if (n < NT - LOW_TILES) push_two(other + n * 2048, other_barrier, d + 4 * (n + LOW_TILES), d + 4 * min(n + 1 + LOW_TILES, NT - 1));
+            } else if (stage == GATE_UP) {  // each warpgroup has rows of its own: the other block's tiles go there at once
 #pragma unroll
                 for (int n = 0; n < LOW_TILES; n++)
                     if (!low) push4(other + n * 4096, other_barrier, d + 4 * n);
@@ -142,6 +147,10 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                 // Token tiles' partial sums meet in the block that owns them.
                 const u32 sums = sums_memory + at.tid % 128 * 16;
                 if (stage == QKV) {
+                    if (CROSS16) {
+                        const float4 v = sum_of(sums, other_tile + at.group), w = sum_of(sums, min(other_tile + at.group + GROUPS, (u32)NT - 1));
+                        push_two(other + at.group * 2048, other_barrier, &v.x, &w.x);
+                    } else
 #pragma unroll 2
                     for (u32 n = at.group; n < NT - tiles; n += GROUPS) {
                         const float4 v = sum_of(sums, other_tile + n);
@@ -171,7 +180,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                         const u32 n = at.group + j * GROUPS, token = (first_tile + n) * 8 + token_in_tile;
                         if (n >= tiles) break;
                         float4 v = sum_of(sums, first_tile + n);
-                        add(v, load_shared_float4(inbox + box + n * 2048));
+                        add(v, CROSS16 ? one_of_two(inbox + box + at.group * 2048, j) : load_shared_float4(inbox + box + n * 2048));
                         v = four_rows(v, at.odd);
                         if (token >= TOKENS) continue;
                         const float root = roots[token];
@@ -194,7 +203,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                         const u32 token = (first_tile + n) * 8 + token_in_tile;
                         const int high = 4 * min(n + LOW_TILES, NT - 1);
                         float4 v = low ? make_float4(d[4 * n], d[4 * n + 1], d[4 * n + 2], d[4 * n + 3]) : make_float4(d[high], d[high + 1], d[high + 2], d[high + 3]);
-                        add(v, load_shared_float4(inbox + box + n * 4096));
+                        add(v, CROSS16 ? one_of_two(inbox + box + n / 2 * 4096, n % 2) : load_shared_float4(inbox + box + n * 4096));
                         v = four_rows(v, at.odd);
                         if (FORMAT_DOWN != 3 && token >= TOKENS) continue;
                         const float root = roots[min(token, (u32)TOKENS - 1)];

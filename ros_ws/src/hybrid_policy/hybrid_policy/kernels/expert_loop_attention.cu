@@ -28,6 +28,9 @@ __device__ __forceinline__ void fetch_prefix(const Place& at, const KeyRange& ra
     for (u32 r = range.count() + row; r < end; r += WARPS) store_shared4(to + (r - row) * PITCH, make_uint4(0, 0, 0, 0));
 }
 
+#ifndef SOFTMAX1
+#define SOFTMAX1 0
+#endif
 struct AttentionMemory {
     float top[QUERIES][8], sum[QUERIES][8];  // by warp
 };
@@ -115,7 +118,22 @@ __device__ __forceinline__ void attend(
                 }
             best = quad_max(best);
             if (t == 0) m.top[i * 16 + half * 8 + g][warp] = best;
+            if (SOFTMAX1) {  // against this warp's own maximum: rows are scaled where they are read
+                const u32 row = i * 16 + half * 8 + g;
+                const float from = best == MINUS_INFINITY ? 0.0f : best;
+                float total = 0.0f;
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    const float p0 = exp2_of(s[i][n][half * 2] - from), p1 = exp2_of(s[i][n][half * 2 + 1] - from);
+                    total += p0 + p1;
+                    if (warp * 16 < KEYS)
+                        *reinterpret_cast<u32*>(memory + A_P + row * P_PITCH + (warp * 16 + n * 8 + t * 2) * 2) = pack_bf16(p0, p1);
+                }
+                total = quad_sum(total);
+                if (t == 0) m.sum[row][warp] = total;
+            }
         }
+    if (!SOFTMAX1) {
     block_barrier();
     u8* const p_memory = memory + A_P;
 #pragma unroll
@@ -137,6 +155,7 @@ __device__ __forceinline__ void attend(
             total = quad_sum(total);
             if (t == 0) m.sum[row][warp] = total;
         }
+    }
     copies_done();  // the values are there
     block_barrier();
     MARK(25);
@@ -150,11 +169,30 @@ __device__ __forceinline__ void attend(
             for (int j = 0; j < 4; j++) acc[i][n][j] = 0.0f;
     const u32 p_base = base + A_P + (lane % 16) * P_PITCH + (lane / 16) * 16;
     const u32 v_base = v_to + (lane % 16) * PITCH + (warp * DIMS + (lane / 16) * 8) * 2;
+    float tops[HALVES][2];  // of rows g and g + 8
+    if (SOFTMAX1)
+#pragma unroll
+        for (int i = 0; i < HALVES; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const u32 row = i * 16 + half * 8 + g;
+                const float4 a = float4_at(m.top[row]), b = float4_at(m.top[row] + 4);
+                tops[i][half] = fmaxf(fmaxf(fmaxf(a.x, a.y), fmaxf(a.z, a.w)), fmaxf(fmaxf(b.x, b.y), fmaxf(b.z, b.w)));
+            }
 #pragma unroll 2
     for (u32 k = 0; k < (count + 15) / 16; k++) {
         u32 a[HALVES][4];
 #pragma unroll
-        for (int i = 0; i < HALVES; i++) ldmatrix4(a[i], p_base + i * 16 * P_PITCH + k * 32);
+        for (int i = 0; i < HALVES; i++) {
+            ldmatrix4(a[i], p_base + i * 16 * P_PITCH + k * 32);
+            if (SOFTMAX1)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {  // registers 0 and 2: row g, 1 and 3: row g + 8
+                    const float f = exp2_of(m.top[i * 16 + half * 8 + g][k] - tops[i][half]);
+                    const u32 factor = pack_bf16(f, f);
+                    a[i][half] = multiply(a[i][half], factor), a[i][half + 2] = multiply(a[i][half + 2], factor);
+                }
+        }
 #pragma unroll
         for (int n = 0; n < DIMS / 8; n += 2) {
             u32 b[4];
@@ -182,6 +220,12 @@ __device__ __forceinline__ void attend(
         float best = m.top[lane][0], total = m.sum[lane][0];
 #pragma unroll
         for (int w = 1; w < 8; w++) best = fmaxf(best, m.top[lane][w]), total += m.sum[lane][w];
+        if (SOFTMAX1) {
+            const float from = best == MINUS_INFINITY ? 0.0f : best;
+            total = 0.0f;
+#pragma unroll
+            for (int w = 0; w < 8; w++) total += m.sum[lane][w] * exp2_of(m.top[lane][w] - from);
+        }
         const u32 box = M_TOPS + ((at.tile * PARTS + at.part) * QUERIES + lane) * 8;
         post2(mail + box, __float_as_uint(best), __float_as_uint(total));
     }

@@ -373,6 +373,20 @@ __device__ __forceinline__ void push4(u32 to, u32 barrier, const float* v) {
                  ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier) : "memory");
 }
 
+// EXPERIMENT (CROSS16): two token tiles' sums as bf16 in the same 16 bytes
+#ifndef CROSS16
+#define CROSS16 0
+#endif
+__device__ __forceinline__ void push_two(u32 to, u32 barrier, const float* v, const float* w) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+                 ::"r"(to), "r"(pack_bf16(v[0], v[1])), "r"(pack_bf16(v[2], v[3])), "r"(pack_bf16(w[0], w[1])), "r"(pack_bf16(w[2], w[3])), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ float4 one_of_two(u32 from, bool second) {
+    const uint4 v = load_shared4(from);
+    const u32 a = second ? v.z : v.x, b = second ? v.w : v.y;
+    return make_float4(low_of(a), high_of(a), low_of(b), high_of(b));
+}
+
 __device__ __forceinline__ void add(float4& sum, const float4& v) {
     sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
 }
