@@ -172,7 +172,7 @@ class ExpertLoop:
         rows = sum(shape[0] for shape in STAGES.values())
         self.row_scale = torch.empty(layers, rows, device=device)
         self.vectors = torch.zeros(steps, layers, rows + 2 * WIDTH + 4, device=device)
-        self._act_scale = torch.ones(layers, steps, device=device)
+        self.act_scale = torch.ones(layers, steps, device=device)
         self._out_weight, self._in_weight = (torch.zeros(WIDTH, LANES, device=device) for _ in range(2))
         self._in_bias, self._factor = torch.zeros(WIDTH, device=device), torch.zeros(steps, WIDTH, device=device)
         self._shift, self._times = torch.zeros(steps, LANES, device=device), torch.zeros(steps, 4, device=device)
@@ -226,7 +226,7 @@ class ExpertLoop:
             if shift is None or factor is None:
                 raise InputError(f"expert loop: layers.{layer}.gate_up without shift and factor, expected for w8a8")
             scale = act_scale(expert.decoded(fmt, values, scales, rows), factor, shift)
-            self._act_scale[layer] = scale
+            self.act_scale[layer] = scale
             self.vectors[:, layer, -4] = 1.0 / scale
         cut = pieces(
             kind,
@@ -254,7 +254,7 @@ class ExpertLoop:
             (0, factors[0]),
             (second, gates[0]),
             (second + WIDTH, factors[1]),
-            (second + 2 * WIDTH + gate_up, gates[1] * self._act_scale[layer][:, None]),
+            (second + 2 * WIDTH + gate_up, gates[1] * self.act_scale[layer][:, None]),
         ):
             self.vectors[:, layer, begin : begin + WIDTH] = value
 

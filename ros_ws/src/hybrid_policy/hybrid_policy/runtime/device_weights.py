@@ -23,7 +23,14 @@ from hybrid_policy.models.pi05 import EXPERT, PREFIX, PROJECTOR, VISION
 from hybrid_policy.runtime.modulations import Modulations, modulations_of
 from hybrid_policy.runtime.projection import Projection, padded_between
 from hybrid_policy.runtime.sites import Packed, dense, pack_sites
-from hybrid_policy.runtime.static_scales import affordable_row_factor, folded, norm_output_scale, product_scale
+from hybrid_policy.runtime.static_scales import (
+    MOST_LOSS,
+    affordable_row_factor,
+    folded,
+    gated_row_loss,
+    norm_output_scale,
+    product_scale,
+)
 
 #: parameter name -> tensor on the device; float32 where exactness is cheap, else the model's dtype
 Source = Callable[[str], Tensor]
@@ -369,7 +376,10 @@ def _cluster_layer(
     return layer
 
 
-def _expert_loop(packer: _Packer, config: Pi05Config, modulations: Modulations, pdl: bool) -> ExpertLoop:
+def _expert_loop(
+    packer: _Packer, config: Pi05Config, modulations: Modulations, pdl: bool, *, eight: bool = True
+) -> ExpertLoop:
+    """eight: GeGLU's results in E4M3 before an FP8 ``down``, unless a layer's rows are too uneven for one scale."""
     gemma = config.expert
     capacity = config.prefix_tokens + config.horizon
     loop: ExpertLoop | None = None
@@ -383,7 +393,7 @@ def _expert_loop(packer: _Packer, config: Pi05Config, modulations: Modulations, 
         }
         if loop is None:
             formats = {name: expert_kernels.format_of(weights[0]) for name, weights in stages.items()}
-            if formats["down"] == "e4m3":
+            if eight and formats["down"] == "e4m3":
                 formats["down"] = "w8a8"
             device = modulations.scale.device
             chunk = (config.horizon, config.max_action_dim)
@@ -394,6 +404,15 @@ def _expert_loop(packer: _Packer, config: Pi05Config, modulations: Modulations, 
         )
         for name, weights in stages.items():
             loop.pack(i, name, weights, {"qkv": shifts[0], "gate_up": shifts[1]}.get(name), scales[1])
+        if formats["down"] == "w8a8":
+            gate, up, down = (dense(weight) for weight in (*stages["gate_up"], *stages["down"]))
+            factors = loop.act_scale[i] / gate.shape[1]  # of the square of a normalised row's length
+            pairs = zip(scales[1], factors.tolist(), strict=True)
+            loss = max(gated_row_loss(gate * norm, up * norm, down, factor) for norm, factor in pairs)
+            if loss > MOST_LOSS:
+                packer.note("expert.down", f"layer {i} would lose {loss:.1f} dB with GeGLU's results in FP8: bf16")
+                del loop
+                return _expert_loop(packer, config, modulations, pdl, eight=False)
         loop.modulate(i, scales, gates)
     assert loop is not None
     packer.note("expert", loop.route)
