@@ -216,8 +216,8 @@ class ExpertLoop:
             raise InputError.at("expert loop", f"layers.{layer}.{stage}", given, f"{self._formats[stage]} {shape}")
         order = expert.row_order(epilogue, len(values), HEAD_DIM, values.device)
         at = {name: sum(STAGES[n][0] for n in list(STAGES)[:i]) for i, name in enumerate(STAGES)}[stage]
-        factor = expert_packing.NVFP4_FACTOR if fmt == "nvfp4" else 1.0
-        self.row_scale[layer, at : at + shape[0]] = rows[order] * factor
+        unit = expert_packing.NVFP4_FACTOR if fmt == "nvfp4" else 1.0
+        self.row_scale[layer, at : at + shape[0]] = rows[order] * unit
         if shift is not None:
             product = shift.float() @ expert.decoded(fmt, values, scales, rows).T
             begin = {"qkv": WIDTH, "gate_up": WIDTH + STAGES["qkv"][0] + 2 * WIDTH}[stage]
