@@ -174,7 +174,7 @@ def build(formats, layers, steps, tokens, valid, capacity):
 
     def expected(noise, guide):
         x, h = noise.double(), torch.empty(tokens, 1024, dtype=torch.float64, device="cuda")
-        wide = FlowWeights(*(getattr(flow, name).double() for name in FlowWeights.__dataclass_fields__))
+        wide = flow.double()
         target = Guide(guide.target.double(), guide.weights.double(), guide.clean)
         flow_step_reference(h, x, h, wide, target, 0.0, 0.0, 0.0, first=True)
         for s in range(steps):
