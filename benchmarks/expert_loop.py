@@ -110,7 +110,7 @@ class Flow:
 
     def expected(self):
         """Actions, float64."""
-        wide = FlowWeights(*(getattr(self.flow, name).double() for name in FlowWeights.__dataclass_fields__))
+        wide = self.flow.double()
         valid, x = int(self.valid), self.noise.double()
         h = torch.empty(len(x), WIDTH, dtype=torch.float64, device=DEVICE)
         flow_step_reference(h, x, h, wide, self.guide, 0.0, 0.0, 0.0, first=True)

@@ -36,6 +36,10 @@ class FlowWeights:
     def __post_init__(self) -> None:
         object.__setattr__(self, "in_columns", self.in_weight.T.contiguous())
 
+    def double(self) -> FlowWeights:
+        """The same in float64, for references."""
+        return FlowWeights(*(x.double() for x in (self.out_weight, self.out_bias, self.in_weight, self.in_bias)))
+
 
 @dataclass(frozen=True)
 class Guide:
