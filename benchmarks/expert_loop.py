@@ -23,8 +23,8 @@ from hybrid_policy.kernels.qkv import rope_tables
 DEVICE = torch.device("cuda")
 ACTIONS = 32
 RECIPES = {
-    "h100": {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "w8a8"},
-    "h100a16": {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "e4m3"},
+    "w8a8": dict.fromkeys(STAGES, "w8a8"),
+    "h100": {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "e4m3"},
     "seed": {"qkv": "bf16", "o": "bf16", "gate_up": "nvfp4", "down": "e4m3"},
     "bf16": dict.fromkeys(STAGES, "bf16"),
     "fp8": dict.fromkeys(STAGES, "e4m3"),
@@ -80,11 +80,11 @@ class Flow:
             factors = tuple(1 + 0.3 * torch.randn(steps, WIDTH, device=DEVICE) for _ in range(2))
             shifts = tuple(0.3 * torch.randn(steps, WIDTH, device=DEVICE) for _ in range(2))
             gates = tuple(torch.randn(steps, WIDTH, device=DEVICE) for _ in range(2))
-            self.loop.pack(i, "qkv", [weights["q"], weights["k"], weights["v"]], shifts[0])
+            self.loop.pack(i, "qkv", [weights["q"], weights["k"], weights["v"]], shifts[0], factors[0])
             self.loop.pack(i, "o", [weights["o"]])
             self.loop.pack(i, "gate_up", [weights["gate"], weights["up"]], shifts[1], factors[1])
             self.loop.pack(i, "down", [weights["down"]])
-            self.loop.modulate(i, factors, gates)
+            self.loop.modulate(i, factors, gates, self.values[i, :valid].abs().max().item())
             self.layers.append(
                 [
                     ReferenceLayer(**dense, factors=pick(factors, s), shifts=pick(shifts, s), gates=pick(gates, s))

@@ -189,8 +189,8 @@ def loop() -> Outputs:
     """expert_loop: two steps of two layers, so that rings, mail and parcels turn over; three formats and one."""
     outs: Outputs = {}
     tokens, actions, capacity, layers, steps = 16, 32, 40, 2, 2
-    hybrid = {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "w8a8"}
-    for formats in (hybrid, dict.fromkeys(expert_loop_packing.STAGES, "bf16")):
+    hybrid = {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "e4m3"}
+    for formats in (hybrid, *(dict.fromkeys(expert_loop_packing.STAGES, fmt) for fmt in ("bf16", "w8a8"))):
         call = expert_loop.ExpertLoop(layers, steps, tokens, actions, capacity, formats, torch.device("cuda"))
         width = expert_loop_packing.WIDTH
         for i in range(layers):
@@ -198,9 +198,9 @@ def loop() -> Outputs:
                 dense, fmt = normal(rows, k) / k**0.5, formats[stage]
                 packed = dense.bfloat16() if fmt == "bf16" else fp8.quantize(dense, per_row=False)
                 weight = nvfp4.quantize(dense, rule="max") if fmt == "nvfp4" else packed
-                normed = stage in ("qkv", "gate_up")
-                call.pack(i, stage, [weight], normal(steps, k) if normed else None, normal(steps, k))
-            call.modulate(i, *(tuple(normal(steps, width) for _ in range(2)) for _ in range(2)))
+                norm = (normal(steps, k), normal(steps, k)) if stage in ("qkv", "gate_up") else ()
+                call.pack(i, stage, [weight], *norm)
+            call.modulate(i, *(tuple(normal(steps, width) for _ in range(2)) for _ in range(2)), most_value=6.0)
         weights = flow_step.FlowWeights(normal(actions, width), normal(actions), normal(width, actions), normal(width))
         call.set_flow(weights, (normal(steps, width), normal(steps, width)), [1.0, 0.5], [1.0, 2.0])
         guide = flow_step.Guide(

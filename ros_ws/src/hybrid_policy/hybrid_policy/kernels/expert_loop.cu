@@ -3,7 +3,7 @@
 // By the workers
 __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 base, Ring ring, u32 pair_barrier) {
     __shared__ float4 stream[128];  // the residual stream of this block's tokens: four columns of one token a thread
-    __shared__ float roots[64], own_squares[4][8];
+    __shared__ float roots[64], scales[64], own_squares[4][8];
     __shared__ __align__(16) Tables tables;
     __shared__ AttentionMemory attention;
     __shared__ __align__(16) float actions[8][LANES];  // of this block's tokens
@@ -31,11 +31,12 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
     for (int layer = 0; layer < p.layers; layer++) {
         const bool last = layer + 1 == p.layers;
         const float* const vectors = p.vectors + ((size_t)step * p.layers + layer) * V_LAYER;
-        if (layer == 0 && owns && start.group == 0) {
-            const Place at;
+        const Place at;
+        if (EIGHT && layer == 0 && at.t == 0) scales[at.tid / 4] = vectors[V_SCALES + 1];  // read by this thread before others
+        if (layer == 0 && owns && at.group == 0) {
             const float4 h = project_actions(at, p.flow, actions);
             stream[at.tid] = h;
-            post_stream(at, h, float4_at(vectors + V_FACTOR1 + OwnPlace(at).column), mail, M_IN1, M_SQUARES1, own_squares);
+            post_stream(at, h, float4_at(vectors + V_FACTOR1 + OwnPlace(at).column), EIGHT ? vectors[V_SCALES + 1] : 1.0f, mail, M_IN1, M_SQUARES1, own_squares);
         }
         const float* const row_scale = p.row_scale + (size_t)layer * R_LAYER;
         const u32 phase = turn % 2;
@@ -62,7 +63,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                 if (attends) {
                     fetch_prefix(at, KeyRange(prefix, at.part), sums_memory, p.values + cache);
                     copies_commit();
-                    attend(at, KeyRange(prefix, at.part), memory, attention, mail, parcels, phase, p.scale, p, layer);
+                    attend(at, KeyRange(prefix, at.part), memory, attention, mail, parcels, phase, p.scale, EIGHT ? vectors[V_SCALES + 2] : 1.0f, p, layer);
                     block_barrier();  // values are read: partial sums may take their place
                 }
             }
@@ -73,13 +74,15 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             // activations: 512 columns a block, 256 for the output projection; each warpgroup brings its share, in halves: the
             // second comes while the products with the first are under way
             const u32 input = stage == QKV ? M_IN1 : stage == OUT ? M_SEEN : stage == GATE_UP ? M_IN2 : M_ACT;
-            const bool eight = FORMAT_DOWN == 3 && stage == DOWN;
-            const u32 halves = stage == OUT || eight ? 1 : 2;
-            const u32 row_bytes = stage == OUT ? HEADS * HEAD_DIM * 2 : stage == DOWN ? FEATURES * ACT_BYTES : WIDTH * 2;
+            const u32 halves = stage == OUT || EIGHT ? 1 : 2;
+            const u32 row_bytes = (stage == OUT ? HEADS * HEAD_DIM : stage == DOWN ? FEATURES : WIDTH) * SIZE;
             const u32 part = in_pair ? at.part % 2 : at.part;
-            // of 64 columns, from one half to the next; and a warpgroup's first: in gate/up they share columns
-            const u32 apart = halves == 1 ? 1 : stage == GATE_UP ? 4 : 2, first_block = at.group * (stage == GATE_UP ? 2 : 2 * halves);
-            const u8* const activations = mail + input + (part * (4 * halves) + first_block) * 128;
+            // of 128 bytes of each token, from one half to the next; a warpgroup's first: in gate/up they share columns; and how
+            // many a half has
+            const bool single = EIGHT && stage == OUT;
+            const u32 apart = single ? 0 : halves == 1 ? 1 : stage == GATE_UP ? 4 : 2;
+            const u32 first_block = at.group * (single ? 1 : stage == GATE_UP ? 2 : 2 * halves);
+            const u8* const activations = mail + input + (part * (single ? 2 : 4 * halves) + first_block) * 128;
             const u8* const squares_at = mail + (stage == QKV ? M_SQUARES1 : M_SQUARES2);
             const u32 place = at.tid % 128, blocks_at = x + first_block * (MT * 128);
             Squares squares;
@@ -88,7 +91,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             await_tokens(activations, place, at.group, apart * 128, row_bytes);
             if (in_pair) squares.ask(at, squares_at);
             Taken taken;
-            taken.ask(activations, place, row_bytes);
+            taken.ask(activations, place, row_bytes, single);
             float d[4 * NT];
 #pragma unroll
             for (int i = 0; i < 4 * NT; i++) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i]));  // here, not long before
@@ -97,9 +100,9 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             const u32 operand = stage == GATE_UP ? x : blocks_at;
 #pragma unroll 1
             for (u32 half = 0;;) {
-                taken.keep(blocks_at + half * apart * (MT * 128), activations + half * apart * 128, place, row_bytes);
+                taken.keep(blocks_at + half * apart * (MT * 128), activations + half * apart * 128, place, row_bytes, single);
                 const bool last_half = ++half == halves;
-                if (!last_half) taken.ask(activations + apart * 128, place, row_bytes);
+                if (!last_half) taken.ask(activations + apart * 128, place, row_bytes, single);
                 if (!last_half && pieces == all) continue;
                 if (stage == GATE_UP) block_barrier(); else group_barrier(at.group);
                 if (half == 1) MARK(stage == QKV ? 1 : 4 * stage + 2);
@@ -121,13 +124,8 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             const u32 token_in_tile = 2 * at.t + at.odd;
             const u32 box = (row_tile * 32 + at.lane) * 16;
             const u32 other = of_rank(inbox, low) + box, other_barrier = of_rank(pair_barrier, low);
-            if (in_pair && at.tid == 0) expect(pair_barrier, (CROSS16 ? stage == QKV ? GROUPS : (tiles + 1) / 2 : tiles) * row_tiles * 512);
-            if (CROSS16 && stage == GATE_UP) {
-#pragma unroll
-                for (int n = 0; n < LOW_TILES; n += 2)
-                    if (!low) push_two(other + n * 2048, other_barrier, d + 4 * n, d + 4 * (n + 1));
-                    else if (n < NT - LOW_TILES) push_two(other + n * 2048, other_barrier, d + 4 * (n + LOW_TILES), d + 4 * min(n + 1 + LOW_TILES, NT - 1));
-            } else if (stage == GATE_UP) {  // each warpgroup has rows of its own: the other block's tiles go there at once
+            if (in_pair && at.tid == 0) expect(pair_barrier, tiles * row_tiles * 512);
+            if (stage == GATE_UP) {  // each warpgroup has rows of its own: the other block's tiles go there at once
 #pragma unroll
                 for (int n = 0; n < LOW_TILES; n++)
                     if (!low) push4(other + n * 4096, other_barrier, d + 4 * n);
@@ -135,22 +133,18 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             } else {
                 store_sums(at, d, sums_memory);
             }
-            if (in_pair) squares.keep(at, squares_at, roots, p.eps);
+            if (in_pair) squares.keep(at, squares_at, roots, scales, stage == GATE_UP, p.eps);
             if (at.warp < 3) copies_done();  // the tables
             block_barrier();  // partial sums are there, and the activations read
             if (stage == QKV) MARK(20);
             if (stage == GATE_UP) MARK(22);
 
-            // one's four rows among the block's, and among the sums
-            const float4 scale = float4_at(tables.scale + local_row), second = float4_at(tables.second + local_row);
             if (in_pair) {
+                // one's four rows among the block's, and among the sums
+                const float4 scale = float4_at(tables.scale + local_row), second = float4_at(tables.second + local_row);
                 // Token tiles' partial sums meet in the block that owns them.
                 const u32 sums = sums_memory + at.tid % 128 * 16;
                 if (stage == QKV) {
-                    if (CROSS16) {
-                        const float4 v = sum_of(sums, other_tile + at.group), w = sum_of(sums, min(other_tile + at.group + GROUPS, (u32)NT - 1));
-                        push_two(other + at.group * 2048, other_barrier, &v.x, &w.x);
-                    } else
 #pragma unroll 2
                     for (u32 n = at.group; n < NT - tiles; n += GROUPS) {
                         const float4 v = sum_of(sums, other_tile + n);
@@ -180,7 +174,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                         const u32 n = at.group + j * GROUPS, token = (first_tile + n) * 8 + token_in_tile;
                         if (n >= tiles) break;
                         float4 v = sum_of(sums, first_tile + n);
-                        add(v, CROSS16 ? one_of_two(inbox + box + at.group * 2048, j) : load_shared_float4(inbox + box + n * 2048));
+                        add(v, load_shared_float4(inbox + box + n * 2048));
                         v = four_rows(v, at.odd);
                         if (token >= TOKENS) continue;
                         const float root = roots[token];
@@ -194,8 +188,8 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                     }
                 } else {
                     wait_bytes(pair_barrier, pair_parity);
-                    const u32 to = M_ACT + (first_row + local_row) / 2 * ACT_BYTES;  // two rows a feature
-                    const float inverse = FORMAT_DOWN == 3 ? vectors[V_SCALES] : 1.0f;
+                    const u32 to = M_ACT + (first_row + local_row) / 2 * SIZE;  // two rows a feature
+                    const float inverse = EIGHT ? vectors[V_SCALES] : 1.0f;
                     u32 pairs[LOW_TILES + 1];  // E4M3: of a token tile, two features
 #pragma unroll
                     for (int n = 0; n < LOW_TILES; n++) {
@@ -203,18 +197,18 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                         const u32 token = (first_tile + n) * 8 + token_in_tile;
                         const int high = 4 * min(n + LOW_TILES, NT - 1);
                         float4 v = low ? make_float4(d[4 * n], d[4 * n + 1], d[4 * n + 2], d[4 * n + 3]) : make_float4(d[high], d[high + 1], d[high + 2], d[high + 3]);
-                        add(v, CROSS16 ? one_of_two(inbox + box + n / 2 * 4096, n % 2) : load_shared_float4(inbox + box + n * 4096));
+                        add(v, load_shared_float4(inbox + box + n * 4096));
                         v = four_rows(v, at.odd);
-                        if (FORMAT_DOWN != 3 && token >= TOKENS) continue;
+                        if (!EIGHT && token >= TOKENS) continue;
                         const float root = roots[min(token, (u32)TOKENS - 1)];
                         const float a = geglu(fmaf(v.x * root, scale.x, second.x), fmaf(v.y * root, scale.y, second.y));
                         const float b = geglu(fmaf(v.z * root, scale.z, second.z), fmaf(v.w * root, scale.w, second.w));
-                        if (FORMAT_DOWN != 3) {
+                        if (!EIGHT) {
                             post(mail + to + token * (FEATURES * 2), pack_bf16(a, b));
                             continue;
                         }
                         // with the lane of g ^ 2, which has the next two features, one trades for four of one of two tiles
-                        pairs[n] = pack_e4m3(a * inverse, b * inverse, 0.0f, 0.0f);
+                        pairs[n] = two_e4m3(a * inverse, b * inverse);
                         if (n % 2 == 0 && n + 1 < tiles) continue;
                         const bool later = at.g & 2;
                         const u32 first = pairs[n & ~1], second = n % 2 ? pairs[n] : 0;
@@ -236,6 +230,8 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                     mail = p.mail + turn * MAIL;
                 }
                 if (owns && at.group == 0) {
+                    // only here: somebody of another warpgroup would read while the next stage's tables come
+                    const float4 scale = float4_at(tables.scale + local_row), second = float4_at(tables.second + local_row);
                     const float4 third = float4_at(tables.third + local_row);
                     const float4 v = four_rows(sum_of_parts(at, sums_at, phase), at.odd);
                     if (stage == OUT) MARK(27);
@@ -244,7 +240,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                     h.z = fmaf(v.z * scale.z, second.z, h.z), h.w = fmaf(v.w * scale.w, second.w, h.w);
                     stream[at.tid] = h;
                     if (stage == OUT || !last)
-                        post_stream(at, h, third, mail, stage == OUT ? M_IN2 : M_IN1, stage == OUT ? M_SQUARES2 : M_SQUARES1, own_squares);
+                        post_stream(at, h, third, EIGHT ? scales[OwnPlace(at).token] : 1.0f, mail, stage == OUT ? M_IN2 : M_IN1, stage == OUT ? M_SQUARES2 : M_SQUARES1, own_squares);
                 }
                 if (stage == DOWN) block_barrier();  // the scratch is read: values may take its place
             }
@@ -270,7 +266,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
         barrier_init(ring.barriers + (SLOTS + threadIdx.x) * 8, WORKERS);
     }
     if (threadIdx.x == 0) barrier_init(pair_barrier, 1);
-    if (threadIdx.x <= GROUPS) barrier_init(shared_address(meetings + threadIdx.x), threadIdx.x < GROUPS ? 128 : WORKERS);
+    if (threadIdx.x < GROUPS) barrier_init(shared_address(meetings + threadIdx.x), 128);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
     if (__shfl_sync(0xffffffffu, threadIdx.x / 128, 0) == GROUPS) {

@@ -36,6 +36,7 @@ from hybrid_policy.kernels.expert_loop_packing import (
     shares,
     steps_of,
 )
+from hybrid_policy.kernels.expert_reference import HEADROOM
 from hybrid_policy.kernels.flow_step import FlowWeights, Guide
 from hybrid_policy.kernels.norm import E4M3_MAX
 from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
@@ -56,7 +57,7 @@ class LoopPlan:
     """Sizes that follow from tokens, cache and formats.
 
     padded: tokens of a product. keys: rows of the cache a block attends to, at most. slots: of the ring of weights,
-    ``slot`` bytes each. act_bytes: of one of GeGLU's results.
+    ``slot`` bytes each. size: bytes of an activation.
     """
 
     tokens: int
@@ -64,12 +65,12 @@ class LoopPlan:
     keys: int
     slots: int
     slot: int
-    act_bytes: int
+    size: int
 
     def shared(self) -> int:
         """Bytes of dynamic shared memory; as laid out in expert_loop_layout.cu."""
         pitch = HEAD_DIM * 2 + 16
-        x = -(-max(self.padded * 1024, self.keys * pitch) // 1024) * 1024
+        x = -(-max(self.padded * 512 * self.size, self.keys * pitch) // 1024) * 1024
         sums = max(GROUPS * self.padded // 8 * 2048, -(-self.keys * pitch // 128) * 128)
         before = x + sums + 32 * pitch + 32 * (self.keys * 2 + 16)
         return -(-before // 128) * 128 + self.slots * self.slot
@@ -77,8 +78,9 @@ class LoopPlan:
     @property
     def mail_words(self) -> int:
         """32-bit words of one copy of the mail."""
-        rows = 2 * WIDTH + 2 * HEADS * HEAD_DIM + 2 * HEAD_DIM
-        return self.padded * (rows // 2 + FEATURES * self.act_bytes // 4 + 2 * TILES) + TILES * PARTS * 64
+        activations, queries = 2 * WIDTH + HEADS * HEAD_DIM + FEATURES, (HEADS + 2) * HEAD_DIM
+        row = activations * self.size // 4 + queries // 2 + 2 * TILES
+        return self.padded * row + TILES * PARTS * 64
 
     @property
     def parcel_words(self) -> int:
@@ -128,8 +130,9 @@ class ExpertLoop:
     Args:
         layers, steps: of the expert, of the flow.
         tokens: of a chunk. actions: of a token, at most `LANES`. capacity: rows of the cache.
-        formats: ``qkv``, ``o``, ``gate_up``, ``down`` -> bf16, e4m3 or nvfp4 (activations are bf16 in each); ``down``
-            also w8a8 (weights and GeGLU's results in E4M3, one scale a layer and step that holds for any input).
+        formats: ``qkv``, ``o``, ``gate_up``, ``down`` -> bf16, e4m3 or nvfp4 (activations are bf16 in each); or w8a8 for
+            all four (weights and activations in E4M3: the residual stream in a scale that follows its tokens, and NaN
+            should one outgrow it; attention's and GeGLU's results in a scale a layer and step that holds for any input).
         trace: record clocks of every block and stage in `clocks`.
         macros: for experiments.
     """
@@ -172,7 +175,8 @@ class ExpertLoop:
         rows = sum(shape[0] for shape in STAGES.values())
         self.row_scale = torch.empty(layers, rows, device=device)
         self.vectors = torch.zeros(steps, layers, rows + 2 * WIDTH + 4, device=device)
-        self.act_scale = torch.ones(layers, steps, device=device)
+        # what activations in E4M3 are to be multiplied by: attention's results, and GeGLU's
+        self.seen_scale, self.act_scale = (torch.ones(layers, steps, device=device) for _ in range(2))
         self._out_weight, self._in_weight = (torch.zeros(WIDTH, LANES, device=device) for _ in range(2))
         self._in_bias, self._factor = torch.zeros(WIDTH, device=device), torch.zeros(steps, WIDTH, device=device)
         self._shift, self._times = torch.zeros(steps, LANES, device=device), torch.zeros(steps, 4, device=device)
@@ -205,7 +209,7 @@ class ExpertLoop:
         """Put one stage's weights in their place.
 
         weights: q, k, v; o; gate, up; or down. shift: of the norm before, float32 [steps, K], for qkv and gate_up.
-        factor: of the norm, likewise, for gate_up before a ``down`` in w8a8; `modulate` then comes after it.
+        factor: of the norm, likewise: for w8a8, where `modulate` comes after qkv and gate_up.
         """
         fmt, values, scales, rows = expert.stack(weights)
         epilogue = {"qkv": expert.QKV, "gate_up": expert.GEGLU}.get(stage, expert.RESIDUAL)
@@ -222,12 +226,14 @@ class ExpertLoop:
             product = shift.float() @ expert.decoded(fmt, values, scales, rows).T
             begin = {"qkv": WIDTH, "gate_up": WIDTH + STAGES["qkv"][0] + 2 * WIDTH}[stage]
             self.vectors[:, layer, begin : begin + shape[0]] = product[:, order]
-        if stage == "gate_up" and self._formats["down"] == "w8a8":
+        if stage in ("qkv", "gate_up") and kind == "w8a8":
             if shift is None or factor is None:
-                raise InputError(f"expert loop: layers.{layer}.gate_up without shift and factor, expected for w8a8")
-            scale = act_scale(expert.decoded(fmt, values, scales, rows), factor, shift)
-            self.act_scale[layer] = scale
-            self.vectors[:, layer, -4] = 1.0 / scale
+                raise InputError(f"expert loop: layers.{layer}.{stage} without shift and factor, expected for w8a8")
+            bound = row_bounds(expert.decoded(fmt, values, scales, rows), factor, shift)
+            if stage == "qkv":
+                self.seen_scale[layer] = bound[-HEAD_DIM:].amax(0) / E4M3_MAX
+            else:
+                self.act_scale[layer] = (bound[:FEATURES] * bound[FEATURES:]).amax(0) / E4M3_MAX
         cut = pieces(
             kind,
             expert.rows_of(values, order),
@@ -246,13 +252,23 @@ class ExpertLoop:
             begin -= WARPS * self._sizes["qkv"]
             self._without[:, layer, begin : begin + length] = taken[QKV_BLOCKS:]
 
-    def modulate(self, layer: int, factors: tuple[Tensor, Tensor], gates: tuple[Tensor, Tensor]) -> None:
-        """A layer's two norms: 1 + scale, and gate, float32 [steps, WIDTH] each."""
+    def modulate(
+        self, layer: int, factors: tuple[Tensor, Tensor], gates: tuple[Tensor, Tensor], most_value: float = 0.0
+    ) -> None:
+        """A layer's two norms: 1 + scale, and gate, float32 [steps, WIDTH] each.
+
+        most_value: for w8a8, no value in the prefix's cache is larger.
+        """
         qkv, gate_up = STAGES["qkv"][0], STAGES["gate_up"][0]
+        if self._formats["down"] == "w8a8":
+            # attention's results are means of values; a tenth more for a cache in FP8 and for roundings
+            self.seen_scale[layer].clamp_(min=most_value / E4M3_MAX).mul_(1.1)
+            self.vectors[:, layer, -4] = 1.0 / self.act_scale[layer]
+            self.vectors[:, layer, -2] = 1.0 / self.seen_scale[layer]
         second = WIDTH + qkv
         for begin, value in (
             (0, factors[0]),
-            (second, gates[0]),
+            (second, gates[0] * self.seen_scale[layer][:, None]),
             (second + WIDTH, factors[1]),
             (second + 2 * WIDTH + gate_up, gates[1] * self.act_scale[layer][:, None]),
         ):
@@ -275,6 +291,9 @@ class ExpertLoop:
         self._shift[:, :a] = shift.float() @ weights.out_weight.T + weights.out_bias
         rows = [(t, 1.0 / self._steps, strength, 0.0) for t, strength in zip(times, strengths, strict=True)]
         self._times.copy_(torch.tensor(rows))
+        # the residual stream's first scale, for actions as large as the noise
+        square = weights.in_weight.square().sum(1) + weights.in_bias.square()
+        self.vectors[:, 0, -3] = HEADROOM * square.mean().clamp(min=1e-30).rsqrt()
 
     def start(self) -> None:
         """Empty the mail; before a launch.
@@ -333,18 +352,17 @@ class ExpertLoop:
         return self.weights.nbytes + self.row_scale.nbytes + self.vectors.nbytes + self._mail.nbytes
 
 
-def act_scale(weight: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
-    """What GeGLU's results are divided by before E4M3, so that none saturates, whatever the input: float32 [steps].
+def row_bounds(weight: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
+    """What no row of a product with a normalised input exceeds, whatever the input: float32 [N, steps].
 
-    A normalised row has ‖n‖ ≤ √K, so |W_j·(n∘f + s)| ≤ √K ‖W_j∘f‖ + |W_j·s| (Cauchy-Schwarz), and |gelu(g) u| ≤ |g||u|.
-    A hundredth more covers the roundings to bf16.
+    A normalised row has ‖n‖ ≤ √K, so |W_j·(n∘f + s)| ≤ √K ‖W_j∘f‖ + |W_j·s| (Cauchy-Schwarz); and a product of two,
+    |gelu(g) u| ≤ |g||u|, is no larger than that of their bounds. A tenth more covers roundings of n to E4M3.
 
     Args:
-        weight: gate's rows, then up's, float32 [2 * FEATURES, K]. factor, shift: of the norm, float32 [steps, K].
+        weight: float32 [N, K]. factor, shift: of the norm, float32 [steps, K].
     """
     rows = weight.shape[1] ** 0.5 * (weight.square() @ factor.square().T).sqrt() + (weight @ shift.T).abs()
-    gate, up = (1.01 * rows).chunk(2)
-    return (gate * up).amax(0).clamp(min=1e-30) / E4M3_MAX
+    return (1.1 * rows).clamp(min=1e-15)
 
 
 def fits_device(

@@ -28,15 +28,12 @@ __device__ __forceinline__ void fetch_prefix(const Place& at, const KeyRange& ra
     for (u32 r = range.count() + row; r < end; r += WARPS) store_shared4(to + (r - row) * PITCH, make_uint4(0, 0, 0, 0));
 }
 
-#ifndef SOFTMAX1
-#define SOFTMAX1 0
-#endif
 struct AttentionMemory {
     float top[QUERIES][8], sum[QUERIES][8];  // by warp
 };
 
 __device__ __forceinline__ void attend(
-    const Place& at, const KeyRange& range, u8* memory, AttentionMemory& m, u8* mail, u8* parcels, u32 phase, float scale, const Arguments& p, int layer) {
+    const Place& at, const KeyRange& range, u8* memory, AttentionMemory& m, u8* mail, u8* parcels, u32 phase, float scale, float eight_scale, const Arguments& p, int layer) {
     const u32 base = shared_address(memory), k_to = base + A_X, v_to = base + A_SUMS, q_to = base + A_Q;
     const u32 first_row = at.tile * QUERIES, lane = at.lane;
     const u32 warp = at.warp;  // has 16 keys, then 32 dims, for both halves of the rows
@@ -118,22 +115,7 @@ __device__ __forceinline__ void attend(
                 }
             best = quad_max(best);
             if (t == 0) m.top[i * 16 + half * 8 + g][warp] = best;
-            if (SOFTMAX1) {  // against this warp's own maximum: rows are scaled where they are read
-                const u32 row = i * 16 + half * 8 + g;
-                const float from = best == MINUS_INFINITY ? 0.0f : best;
-                float total = 0.0f;
-#pragma unroll
-                for (int n = 0; n < 2; n++) {
-                    const float p0 = exp2_of(s[i][n][half * 2] - from), p1 = exp2_of(s[i][n][half * 2 + 1] - from);
-                    total += p0 + p1;
-                    if (warp * 16 < KEYS)
-                        *reinterpret_cast<u32*>(memory + A_P + row * P_PITCH + (warp * 16 + n * 8 + t * 2) * 2) = pack_bf16(p0, p1);
-                }
-                total = quad_sum(total);
-                if (t == 0) m.sum[row][warp] = total;
-            }
         }
-    if (!SOFTMAX1) {
     block_barrier();
     u8* const p_memory = memory + A_P;
 #pragma unroll
@@ -155,7 +137,6 @@ __device__ __forceinline__ void attend(
             total = quad_sum(total);
             if (t == 0) m.sum[row][warp] = total;
         }
-    }
     copies_done();  // the values are there
     block_barrier();
     MARK(25);
@@ -169,30 +150,11 @@ __device__ __forceinline__ void attend(
             for (int j = 0; j < 4; j++) acc[i][n][j] = 0.0f;
     const u32 p_base = base + A_P + (lane % 16) * P_PITCH + (lane / 16) * 16;
     const u32 v_base = v_to + (lane % 16) * PITCH + (warp * DIMS + (lane / 16) * 8) * 2;
-    float tops[HALVES][2];  // of rows g and g + 8
-    if (SOFTMAX1)
-#pragma unroll
-        for (int i = 0; i < HALVES; i++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const u32 row = i * 16 + half * 8 + g;
-                const float4 a = float4_at(m.top[row]), b = float4_at(m.top[row] + 4);
-                tops[i][half] = fmaxf(fmaxf(fmaxf(a.x, a.y), fmaxf(a.z, a.w)), fmaxf(fmaxf(b.x, b.y), fmaxf(b.z, b.w)));
-            }
 #pragma unroll 2
     for (u32 k = 0; k < (count + 15) / 16; k++) {
         u32 a[HALVES][4];
 #pragma unroll
-        for (int i = 0; i < HALVES; i++) {
-            ldmatrix4(a[i], p_base + i * 16 * P_PITCH + k * 32);
-            if (SOFTMAX1)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {  // registers 0 and 2: row g, 1 and 3: row g + 8
-                    const float f = exp2_of(m.top[i * 16 + half * 8 + g][k] - tops[i][half]);
-                    const u32 factor = pack_bf16(f, f);
-                    a[i][half] = multiply(a[i][half], factor), a[i][half + 2] = multiply(a[i][half + 2], factor);
-                }
-        }
+        for (int i = 0; i < HALVES; i++) ldmatrix4(a[i], p_base + i * 16 * P_PITCH + k * 32);
 #pragma unroll
         for (int n = 0; n < DIMS / 8; n += 2) {
             u32 b[4];
@@ -220,12 +182,6 @@ __device__ __forceinline__ void attend(
         float best = m.top[lane][0], total = m.sum[lane][0];
 #pragma unroll
         for (int w = 1; w < 8; w++) best = fmaxf(best, m.top[lane][w]), total += m.sum[lane][w];
-        if (SOFTMAX1) {
-            const float from = best == MINUS_INFINITY ? 0.0f : best;
-            total = 0.0f;
-#pragma unroll
-            for (int w = 0; w < 8; w++) total += m.sum[lane][w] * exp2_of(m.top[lane][w] - from);
-        }
         const u32 box = M_TOPS + ((at.tile * PARTS + at.part) * QUERIES + lane) * 8;
         post2(mail + box, __float_as_uint(best), __float_as_uint(total));
     }
@@ -261,10 +217,19 @@ __device__ __forceinline__ void attend(
         o[0] = fmaf(w, low_of(parts[c].x), o[0]), o[1] = fmaf(w, high_of(parts[c].x), o[1]);
         o[2] = fmaf(w, low_of(parts[c].y), o[2]), o[3] = fmaf(w, high_of(parts[c].y), o[3]);
     }
+    const float inverse = __fdividef(eight_scale, weight);
+    u8* const place = mail + M_SEEN + (row * HEAD_DIM + at.part * DIMS + warp % 2 * 16 + t * 2) * SIZE;
+    const bool later = t & 1;
+    u32 first, second;
+    if (EIGHT) {  // with the next lane, which has the next two columns of both tiles, one trades for four of one of them
+        first = two_e4m3(o[0] * inverse, o[1] * inverse), second = two_e4m3(o[2] * inverse, o[3] * inverse);
+        const u32 got = __shfl_xor_sync(0xffffffffu, later ? first : second, 1);
+        first = later ? got | second << 16 : first | got << 16;
+    } else {
+        first = pack_bf16(o[0] * inverse, o[1] * inverse), second = pack_bf16(o[2] * inverse, o[3] * inverse);
+    }
     if (row < TOKENS * HEADS) {
-        const float inverse = __fdividef(1.0f, weight);
-        const u32 place = M_SEEN + (row * HEAD_DIM + at.part * DIMS + warp % 2 * 16 + t * 2) * 2;
-        post(mail + place, pack_bf16(o[0] * inverse, o[1] * inverse));
-        post(mail + place + 16, pack_bf16(o[2] * inverse, o[3] * inverse));
+        post(place + (EIGHT && later ? 6 : 0), first);
+        if (!EIGHT) post(place + 16, second);
     }
 }

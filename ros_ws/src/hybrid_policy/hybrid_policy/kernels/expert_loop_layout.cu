@@ -27,13 +27,13 @@ constexpr int R_QKV = 0, R_O = R_QKV + QKV_ROWS, R_GATE_UP = R_O + WIDTH, R_DOWN
 constexpr int R_LAYER = R_DOWN + WIDTH;
 constexpr int V_FACTOR1 = 0, V_QKV = V_FACTOR1 + WIDTH, V_GATE1 = V_QKV + QKV_ROWS, V_FACTOR2 = V_GATE1 + WIDTH;
 constexpr int V_GATE_UP = V_FACTOR2 + WIDTH, V_GATE2 = V_GATE_UP + 2 * FEATURES, V_SCALES = V_GATE2 + WIDTH;
-constexpr int V_LAYER = V_SCALES + 4;  // what GeGLU's results are multiplied by, where down takes E4M3; three more
+// where activations are E4M3, what they are multiplied by: GeGLU's results; the flow's first; attention's results; one more
+constexpr int V_LAYER = V_SCALES + 4;
 
 // bytes of one copy of the mail
-constexpr int ACT_BYTES = FORMAT_DOWN == 3 ? 1 : 2;  // of one of GeGLU's results
-constexpr int M_IN1 = 0, M_Q = M_IN1 + MT * WIDTH * 2, M_K = M_Q + MT * HEADS * HEAD_DIM * 2, M_V = M_K + MT * HEAD_DIM * 2;
-constexpr int M_SEEN = M_V + MT * HEAD_DIM * 2, M_IN2 = M_SEEN + MT * HEADS * HEAD_DIM * 2, M_ACT = M_IN2 + MT * WIDTH * 2;
-constexpr int M_SQUARES1 = M_ACT + MT * FEATURES * ACT_BYTES, M_SQUARES2 = M_SQUARES1 + TILES * MT * 4;
+constexpr int M_IN1 = 0, M_Q = M_IN1 + MT * WIDTH * SIZE, M_K = M_Q + MT * HEADS * HEAD_DIM * 2, M_V = M_K + MT * HEAD_DIM * 2;
+constexpr int M_SEEN = M_V + MT * HEAD_DIM * 2, M_IN2 = M_SEEN + MT * HEADS * HEAD_DIM * SIZE, M_ACT = M_IN2 + MT * WIDTH * SIZE;
+constexpr int M_SQUARES1 = M_ACT + MT * FEATURES * SIZE, M_SQUARES2 = M_SQUARES1 + TILES * MT * 4;
 constexpr int M_TOPS = M_SQUARES2 + TILES * MT * 4, MAIL = M_TOPS + TILES * PARTS * QUERIES * 8;
 // bytes of the parcels: partial sums of output and down [tile, owner, part, row tile of four, lane] four floats, of
 // attention [tile, owner, part, row of 8, half, lane] four bf16
@@ -50,7 +50,7 @@ constexpr int PITCH = HEAD_DIM * 2 + 16, P_PITCH = KEYS * 2 + 16;
 constexpr int SUMS = GROUPS * NT * 2048;  // bytes of the warpgroups' partial sums
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int round_up(int a, int to) { return (a + to - 1) / to * to; }
-constexpr int A_X = 0, A_SUMS = round_up(larger(MT * 1024, KEYS * PITCH), 1024);
+constexpr int A_X = 0, A_SUMS = round_up(larger(MT * 512 * SIZE, KEYS * PITCH), 1024);
 constexpr int A_Q = A_SUMS + larger(SUMS, round_up(KEYS * PITCH, 128)), A_INBOX = A_Q, A_P = A_Q + QUERIES * PITCH;
 constexpr int A_RINGS = round_up(A_P + QUERIES * P_PITCH, 128), SHARED = A_RINGS + SLOTS * SLOT;
 static_assert(KEYS % 16 == 0 && KEYS <= 128 && SHARED <= 232448 - 6144, "shared memory");
@@ -139,10 +139,7 @@ struct OwnPlace {  // of the residual stream, for a thread of the first warpgrou
 
 __device__ __forceinline__ float4 float4_at(const float* from) { return *reinterpret_cast<const float4*>(from); }
 // all but the warp that asks for weights
-__device__ __forceinline__ void block_barrier() {
-    if (BLOCK_MEETING == 1) meet(shared_address(meetings + GROUPS));
-    else asm volatile("bar.sync %0, %1;" ::"n"(BLOCK_MEETING == 2 ? 0 : GROUPS + 1), "n"(WORKERS) : "memory");
-}
+__device__ __forceinline__ void block_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(WORKERS) : "memory"); }
 
 #if TRACE
 #define MARK(i) if (at.tid == 0) p.trace[((size_t)blockIdx.x * p.layers + layer) * 32 + (i)] = clock64()
@@ -159,13 +156,17 @@ __device__ __forceinline__ void sum_squares(const Place& at, const float4& h, fl
 }
 
 // The next norm's input h * factor and this tile's part of the sums of squares, from the block that owns the tokens:
-// each thread of a warpgroup has four columns of one token.
+// each thread of a warpgroup has four columns of one token. E4M3: times ``scale``, of the token.
 __device__ __forceinline__ void post_stream(
-    const Place& at, const float4& h, const float4& factor, u8* mail, u32 input, u32 squares, float (*sums)[8]) {
+    const Place& at, const float4& h, const float4& factor, float scale, u8* mail, u32 input, u32 squares, float (*sums)[8]) {
     const OwnPlace own(at);
-    const u32 token = own.token, place = input + (token * WIDTH + own.column) * 2;
-    if (token < TOKENS)
-        post2(mail + place, pack_bf16(h.x * factor.x, h.y * factor.y), pack_bf16(h.z * factor.z, h.w * factor.w));
+    const u32 token = own.token;
+    u8* const place = mail + input + (token * WIDTH + own.column) * SIZE;
+    if (token < TOKENS) {
+        const float v[4] = {h.x * factor.x, h.y * factor.y, h.z * factor.z, h.w * factor.w};
+        if (EIGHT) post(place, four_e4m3(v[0] * scale, v[1] * scale, v[2] * scale, v[3] * scale));
+        else post2(place, pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
+    }
     sum_squares(at, h, sums);
     group_barrier(0);
     if (at.tid < 8 && at.part * 8 + at.tid < TOKENS) {
@@ -184,6 +185,12 @@ __device__ __forceinline__ void empty_slice(u8* copy, u32 t) {
     asm volatile("fence.acq_rel.gpu;" ::: "memory");
 }
 
+// The residual stream in E4M3. A row's own rms is known to nobody who posts a part of it, so it is divided by the rms at the
+// last gate/up, one or two additions before; with HEADROOM its largest value may be 7168 times that one, 224 times what a
+// stream of that length could hold, and its typical value is 16 times E4M3's least normal one even if it shrinks by four.
+// What would not fit becomes NaN.
+constexpr float HEADROOM = 1.0f / 16;
+
 // 1 / rms of each token's row, from the sums of squares of all tiles; a quarter of them a thread. Asked for while the
 // activations come.
 struct Squares {
@@ -192,14 +199,19 @@ struct Squares {
         return from + (min(at.tid / 4, (u32)TOKENS - 1) * TILES + at.t * 4) * 4;
     }
     __device__ __forceinline__ void ask(const Place& at, const u8* from) { v = peek4(place(at, from)); }
-    __device__ __forceinline__ void keep(const Place& at, const u8* from, float* roots, float eps) {
+    // scales: what the activations were multiplied by; ``renew``: and what later ones are
+    __device__ __forceinline__ void keep(const Place& at, const u8* from, float* roots, float* scales, bool renew, float eps) {
         if (at.warp >= (4 * TOKENS + 31) / 32) return;
         for (u32 tries = 0; top_of(v) == EMPTY; tries++) {
             ask(at, from);
             if (tries > PATIENCE) give_up();
         }
         const float sum = quad_sum(__uint_as_float(v.x) + __uint_as_float(v.y) + __uint_as_float(v.z) + __uint_as_float(v.w));
-        if (at.t == 0) roots[min(at.tid / 4, (u32)TOKENS - 1)] = rsqrtf(sum / WIDTH + eps);
+        const u32 token = at.tid / 4;
+        if (at.t != 0 || token >= TOKENS) return;
+        const float root = rsqrtf(sum / WIDTH + eps);
+        roots[token] = EIGHT ? __fdividef(root, scales[token]) : root;
+        if (EIGHT && renew) scales[token] = HEADROOM * root;
     }
 };
 
