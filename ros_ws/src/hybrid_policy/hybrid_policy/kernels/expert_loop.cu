@@ -5,7 +5,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
     __shared__ float4 stream[128];  // the residual stream of this block's tokens: four columns of one token a thread
     __shared__ float roots[64], scales[64], own_squares[4][8];
     __shared__ __align__(16) Tables tables;
-    __shared__ AttentionMemory attention;
+    __shared__ __align__(16) AttentionMemory attention;
     __shared__ __align__(16) float actions[8][LANES];  // of this block's tokens
 
     const u32 block = blockIdx.x;
@@ -40,15 +40,13 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
         }
         const float* const row_scale = p.row_scale + (size_t)layer * R_LAYER;
         const u32 phase = turn % 2;
-        const size_t cache = (size_t)layer * p.capacity * HEAD_DIM;
         // One body for the four products: an instruction that is there once is fetched once (a layer written out four
         // times over was 150 KB of code, more than the instruction cache, and took three times as long).
 #pragma unroll 1
         for (int stage = QKV; stage <= DOWN; stage++) {
             const Place at;
             if (stage == QKV && !projects) {
-                if (attends) fetch_prefix(at, KeyRange(prefix, at.part), x, p.keys + cache);
-                copies_commit();
+                if (attends && at.tid == 0) arrive(cache_barrier(KEYS_FREE));
                 continue;
             }
             const bool in_pair = stage == QKV || stage == GATE_UP;
@@ -61,8 +59,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             if (stage == OUT) {
                 MARK(4);
                 if (attends) {
-                    fetch_prefix(at, KeyRange(prefix, at.part), sums_memory, p.values + cache);
-                    copies_commit();
+                    if (at.tid == 0) arrive(cache_barrier(VALUES_FREE));
                     attend(at, KeyRange(prefix, at.part), memory, attention, mail, parcels, phase, p.scale, EIGHT ? vectors[V_SCALES + 2] : 1.0f, p, layer);
                     block_barrier();  // values are read: partial sums may take their place
                 }
@@ -91,7 +88,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             await_tokens(activations, place, at.group, apart * 128, row_bytes);
             if (in_pair) squares.ask(at, squares_at);
             Taken taken;
-            taken.ask(activations, place, row_bytes, single);
+            if (!EIGHT) taken.ask(activations, place, row_bytes, ~0u);
             float d[4 * NT];
 #pragma unroll
             for (int i = 0; i < 4 * NT; i++) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i]));  // here, not long before
@@ -100,9 +97,9 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             const u32 operand = stage == GATE_UP ? x : blocks_at;
 #pragma unroll 1
             for (u32 half = 0;;) {
-                taken.keep(blocks_at + half * apart * (MT * 128), activations + half * apart * 128, place, row_bytes, single);
+                taken.keep(blocks_at + half * apart * (MT * 128), activations + half * apart * 128, place, row_bytes, !EIGHT, single);
                 const bool last_half = ++half == halves;
-                if (!last_half) taken.ask(activations + apart * 128, place, row_bytes, single);
+                if (!last_half) taken.ask(activations + apart * 128, place, row_bytes, ~0u);
                 if (!last_half && pieces == all) continue;
                 if (stage == GATE_UP) block_barrier(); else group_barrier(at.group);
                 if (half == 1) MARK(stage == QKV ? 1 : 4 * stage + 2);
@@ -136,6 +133,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             if (in_pair) squares.keep(at, squares_at, roots, scales, stage == GATE_UP, p.eps);
             if (at.warp < 3) copies_done();  // the tables
             block_barrier();  // partial sums are there, and the activations read
+            if (stage == QKV && attends && at.tid == 0) arrive(cache_barrier(KEYS_FREE));
             if (stage == QKV) MARK(20);
             if (stage == GATE_UP) MARK(22);
 
@@ -151,10 +149,6 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                         push4(other + n * 2048, other_barrier, &v.x);
                     }
                     MARK(21);
-                }
-                if (stage == QKV && attends) {
-                    fetch_prefix(at, KeyRange(prefix, at.part), x, p.keys + cache);
-                    copies_commit();
                 }
                 if (stage == QKV) {
                     const u32 row = first_row + local_row, i = row % HEAD_DIM / 2, head = row / HEAD_DIM;
@@ -190,7 +184,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                     wait_bytes(pair_barrier, pair_parity);
                     const u32 to = M_ACT + (first_row + local_row) / 2 * SIZE;  // two rows a feature
                     const float inverse = EIGHT ? vectors[V_SCALES] : 1.0f;
-                    u32 pairs[LOW_TILES + 1];  // E4M3: of a token tile, two features
+                    u32 before = 0;  // E4M3: of a token tile, two features
 #pragma unroll
                     for (int n = 0; n < LOW_TILES; n++) {
                         if (n >= tiles) break;
@@ -208,10 +202,11 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                             continue;
                         }
                         // with the lane of g ^ 2, which has the next two features, one trades for four of one of two tiles
-                        pairs[n] = two_e4m3(a * inverse, b * inverse);
+                        const u32 pair = two_e4m3(a * inverse, b * inverse);
+                        const u32 first = n % 2 ? before : pair, second = n % 2 ? pair : 0;
+                        before = pair;
                         if (n % 2 == 0 && n + 1 < tiles) continue;
                         const bool later = at.g & 2;
-                        const u32 first = pairs[n & ~1], second = n % 2 ? pairs[n] : 0;
                         const u32 got = __shfl_xor_sync(0xffffffffu, later ? first : second, 8);
                         const u32 mine = (first_tile + (n & ~1) + later) * 8 + token_in_tile;
                         if (mine < TOKENS && (n & ~1) + later < tiles)
@@ -267,13 +262,15 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
     }
     if (threadIdx.x == 0) barrier_init(pair_barrier, 1);
     if (threadIdx.x < GROUPS) barrier_init(shared_address(meetings + threadIdx.x), 128);
+    if (threadIdx.x < 4) barrier_init(cache_barrier(threadIdx.x), threadIdx.x % 2 ? 2 * BRINGERS : 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
     if (__shfl_sync(0xffffffffu, threadIdx.x / 128, 0) == GROUPS) {
-        fewer_registers<24>();  // 128 * 24 + 256 * 240 is what 384 threads of 168 begin with: one more, and the workers wait for ever
+        fewer_registers<40>();  // 128 * 40 + 256 * 232 is what 384 threads of 168 begin with: one more, and the workers wait for ever
         if (threadIdx.x == WORKERS) stream_weights(p, ring, blockIdx.x / 2 < QKV_PAIRS);
+        else if (threadIdx.x >= WORKERS + 32 && blockIdx.x / PARTS * QUERIES < TOKENS * HEADS) bring_prefix(p, base + A_X, base + A_SUMS);
     } else {
-        more_registers<240>();
+        more_registers<232>();
         all_steps(p, memory, base, ring, pair_barrier);
     }
     let_dependents_start();

@@ -13,31 +13,46 @@ struct KeyRange {
     __device__ __forceinline__ u32 count() const { return prefix + tokens; }
 };
 
-// the prefix's rows were there before the launch: they come while the queries are still computed. Zeros behind all rows
-// up to a multiple of 16.
-__device__ __forceinline__ void fetch_prefix(const Place& at, const KeyRange& range, u32 to, const u16* cache) {
-    constexpr u32 PIECES = HEAD_DIM / 8;
-    const u32 row = at.warp, piece = at.lane;  // a row a warp
-    static_assert(PIECES == 32, "a row a warp");
-    const u16* from = cache + (size_t)(range.first + row) * HEAD_DIM + piece * 8;
-    to += row * PITCH + piece * 16;
-#pragma unroll 2
-    for (u32 r = row; r < range.prefix; r += WARPS, from += WARPS * HEAD_DIM) copy16(to + (r - row) * PITCH, from);
-    const u32 end = (range.count() + 15) / 16 * 16;
+// Keys and values of the prefix were there before the launch. Three warps behind the workers bring them, layer by layer, as soon
+// as their places are free; a worker would have to ask for them when it should ask for queries.
+enum CacheBarrier { KEYS_FREE, KEYS_THERE, VALUES_FREE, VALUES_THERE };
+constexpr int BRINGERS = 96;
+__shared__ u64 cache_barriers[4];
+__device__ __forceinline__ u32 cache_barrier(int which) { return shared_address(cache_barriers + which); }
+
+// By these warps. Zeros behind all rows up to a multiple of 16: values have weights of zero there, and may not be NaN.
+__device__ __forceinline__ void bring_prefix(const Arguments& p, u32 keys_to, u32 values_to) {
+    constexpr int TURNS = BRINGERS / 32;  // a row a warp, a piece a lane
+    static_assert(HEAD_DIM * 2 == 32 * 16, "a row a warp");
+    const u32 warp = threadIdx.x / 32 - WARPS - 1, lane = threadIdx.x % 32;
+    wait_for_predecessor();
+    const KeyRange range(p.valid[0], blockIdx.x % PARTS);
 #pragma unroll 1
-    for (u32 r = range.count() + row; r < end; r += WARPS) store_shared4(to + (r - row) * PITCH, make_uint4(0, 0, 0, 0));
+    for (int turn = 0, layer = 0; turn < p.steps * p.layers; turn++, layer = layer + 1 < p.layers ? layer + 1 : 0)
+#pragma unroll 1
+        for (int which = KEYS_FREE; which <= VALUES_FREE; which += 2) {
+            const u16* from = (which ? p.values : p.keys) + ((size_t)layer * p.capacity + range.first + warp) * HEAD_DIM + lane * 8;
+            const u32 places = (which ? values_to : keys_to) + lane * 16, there = cache_barrier(which + 1);
+            wait_bytes(cache_barrier(which), turn % 2);
+#pragma unroll 2
+            for (u32 r = warp; r < range.prefix; r += TURNS, from += TURNS * HEAD_DIM) copy16(places + r * PITCH, from);
+            asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(there) : "memory");
+#pragma unroll 1
+            for (u32 r = range.count() + warp; r < (range.count() + 15) / 16 * 16; r += TURNS) store_shared4(places + r * PITCH, make_uint4(0, 0, 0, 0));
+            arrive(there);
+        }
 }
 
 struct AttentionMemory {
-    float top[QUERIES][8], sum[QUERIES][8];  // by warp
+    float top[QUERIES][4], sum[QUERIES][4];  // by quarter of the keys
 };
 
 __device__ __forceinline__ void attend(
     const Place& at, const KeyRange& range, u8* memory, AttentionMemory& m, u8* mail, u8* parcels, u32 phase, float scale, float eight_scale, const Arguments& p, int layer) {
     const u32 base = shared_address(memory), k_to = base + A_X, v_to = base + A_SUMS, q_to = base + A_Q;
     const u32 first_row = at.tile * QUERIES, lane = at.lane;
-    const u32 warp = at.warp;  // has 16 keys, then 32 dims, for both halves of the rows
-    constexpr int HALVES = 2;
+    const u32 warp = at.warp;  // has 16 rows and 32 keys, then all rows and 32 dims
+    constexpr int HALVES = 2, KEY_TILES = 4;
     {  // rows of the queries, and of the chunk's own keys and values: a lane has a piece of each
         constexpr int TURNS = QUERIES / WARPS;
         static_assert(WARPS == 8 && HEAD_DIM == 256 && (TOKENS + PARTS - 1) / PARTS <= 8, "a row a turn");
@@ -72,72 +87,68 @@ __device__ __forceinline__ void attend(
             store_shared4(v_to + place, value);
         }
     }
-    asm volatile("cp.async.wait_group 1;" ::: "memory");  // the keys are there
+    wait_bytes(cache_barrier(KEYS_THERE), phase);
     block_barrier();
     MARK(16);
 
     const u32 count = range.count(), g = at.g, t = at.t;
-    float s[HALVES][2][4];
+    const u32 rows = warp / 4 * 16, quarter = warp % 4, first_key = quarter * 32;
+    float s[KEY_TILES][4];
 #pragma unroll
-    for (int i = 0; i < HALVES; i++)
+    for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
-        for (int n = 0; n < 2; n++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) s[i][n][j] = 0.0f;
-    if (warp * 16 < count) {  // scores: this warp's 16 keys against all rows
-        const u32 q_base = q_to + (lane % 16) * PITCH + (lane / 16) * 16;
-        const u32 k_base = k_to + (warp * 16 + (lane / 16) * 8 + lane % 8) * PITCH + ((lane / 8) % 2) * 16;
+        for (int j = 0; j < 4; j++) s[n][j] = 0.0f;
+    if (first_key < count) {
+        const bool all = first_key + 16 < count;  // behind the keys there are values
+        const u32 q_base = q_to + (rows + lane % 16) * PITCH + (lane / 16) * 16;
+        const u32 k_base = k_to + (first_key + (lane / 16) * 8 + lane % 8) * PITCH + ((lane / 8) % 2) * 16;
 #pragma unroll 4
         for (int k = 0; k < HEAD_DIM / 16; k++) {
             u32 a[4], b[4];
+            ldmatrix4(a, q_base + k * 32);
             ldmatrix4(b, k_base + k * 32);
-#pragma unroll
-            for (int i = 0; i < HALVES; i++) {
-                ldmatrix4(a, q_base + i * 16 * PITCH + k * 32);
-                mma(s[i][0], a, b[0], b[1]);
-                mma(s[i][1], a, b[2], b[3]);
-            }
+            mma(s[0], a, b[0], b[1]);
+            mma(s[1], a, b[2], b[3]);
+            if (!all) continue;
+            ldmatrix4(b, k_base + 16 * PITCH + k * 32);
+            mma(s[2], a, b[0], b[1]);
+            mma(s[3], a, b[2], b[3]);
         }
     }
     MARK(24);
 #pragma unroll
-    for (int i = 0; i < HALVES; i++)
+    for (int half = 0; half < 2; half++) {
+        float best = MINUS_INFINITY;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float best = MINUS_INFINITY;
+        for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
-            for (int n = 0; n < 2; n++)
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float& score = s[i][n][half * 2 + j];
-                    score = warp * 16 + n * 8 + t * 2 + j < count ? score * scale : MINUS_INFINITY;
-                    best = fmaxf(best, score);
-                }
-            best = quad_max(best);
-            if (t == 0) m.top[i * 16 + half * 8 + g][warp] = best;
-        }
-    block_barrier();
-    u8* const p_memory = memory + A_P;
-#pragma unroll
-    for (int i = 0; i < HALVES; i++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const u32 row = i * 16 + half * 8 + g;
-            const float4 a = float4_at(m.top[row]), b = float4_at(m.top[row] + 4);
-            const float best = fmaxf(fmaxf(fmaxf(a.x, a.y), fmaxf(a.z, a.w)), fmaxf(fmaxf(b.x, b.y), fmaxf(b.z, b.w)));
-            const float from = best == MINUS_INFINITY ? 0.0f : best;  // no keys here at all
-            float total = 0.0f;
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-                const float p0 = exp2_of(s[i][n][half * 2] - from), p1 = exp2_of(s[i][n][half * 2 + 1] - from);
-                total += p0 + p1;
-                if (warp * 16 < KEYS)
-                    *reinterpret_cast<u32*>(p_memory + row * P_PITCH + (warp * 16 + n * 8 + t * 2) * 2) = pack_bf16(p0, p1);
+            for (int j = 0; j < 2; j++) {
+                float& score = s[n][half * 2 + j];
+                score = first_key + n * 8 + t * 2 + j < count ? score * scale : MINUS_INFINITY;
+                best = fmaxf(best, score);
             }
-            total = quad_sum(total);
-            if (t == 0) m.sum[row][warp] = total;
+        best = quad_max(best);
+        if (t == 0) m.top[rows + half * 8 + g][quarter] = best;
+    }
+    block_barrier();
+    u8* const p_memory = memory + A_P + (first_key + t * 2) * 2;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const u32 row = rows + half * 8 + g;
+        const float4 tops = float4_at(m.top[row]);
+        const float best = fmaxf(fmaxf(tops.x, tops.y), fmaxf(tops.z, tops.w));
+        const float from = best == MINUS_INFINITY ? 0.0f : best;  // no keys here at all
+        float total = 0.0f;
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n++) {
+            const float p0 = exp2_of(s[n][half * 2] - from), p1 = exp2_of(s[n][half * 2 + 1] - from);
+            total += p0 + p1;
+            if (first_key + n * 8 < KEYS) *reinterpret_cast<u32*>(p_memory + row * P_PITCH + n * 16) = pack_bf16(p0, p1);
         }
-    copies_done();  // the values are there
+        total = quad_sum(total);
+        if (t == 0) m.sum[row][quarter] = total;
+    }
+    wait_bytes(cache_barrier(VALUES_THERE), phase);
     block_barrier();
     MARK(25);
     constexpr int DIMS = HEAD_DIM / 8;  // of a warp here, of a block below
@@ -179,15 +190,14 @@ __device__ __forceinline__ void attend(
                 post_bf16_parcel(outgoing + ((i * 2 + half) * 2 + n / 2) * 256, v, phase);
             }
     if (warp == 0) {  // a row a lane
-        float best = m.top[lane][0], total = m.sum[lane][0];
-#pragma unroll
-        for (int w = 1; w < 8; w++) best = fmaxf(best, m.top[lane][w]), total += m.sum[lane][w];
+        const float4 tops = float4_at(m.top[lane]), sums = float4_at(m.sum[lane]);
+        const float best = fmaxf(fmaxf(tops.x, tops.y), fmaxf(tops.z, tops.w)), total = sums.x + sums.y + (sums.z + sums.w);
         const u32 box = M_TOPS + ((at.tile * PARTS + at.part) * QUERIES + lane) * 8;
         post2(mail + box, __float_as_uint(best), __float_as_uint(total));
     }
     // the owner: this warp's rows are those of quarter warp / 2, its dims two tiles of eight
     static_assert(DIMS == 32, "a warp's quarter");
-    const u32 quarter = warp / 2, r = quarter / 2 * 16 + quarter % 2 * 8 + g, row = first_row + r;
+    const u32 r = warp / 4 * 16 + warp / 2 % 2 * 8 + g, row = first_row + r;
     const u8* const incoming = parcels + (P_SEEN + (at.tile * PARTS + at.part) * (PARTS * 2048) + warp * 256 + lane * 8);
     const u8* const tops_at = mail + (M_TOPS + (at.tile * PARTS * QUERIES + r) * 8);
     uint2 stats[PARTS], parts[PARTS];

@@ -187,7 +187,7 @@ struct Taken {  // a lane's share of two blocks, on its way: products run while 
     static constexpr u32 FIRST = 0x55;            // of ``missing``, the first block's
     uint4 v[2][TURNS];
 
-    // those of ``missing``, a bit each
+    // those of ``missing``, a bit each: 2 * turn + block
     __device__ __forceinline__ void ask(const u8* from, u32 t, u32 stride, u32 missing) {
         asm volatile("" : "+r"(t));  // addresses are worked out anew each time: kept, they would take the products' registers
         const u32 first = t / 8;
@@ -200,22 +200,19 @@ struct Taken {  // a lane's share of two blocks, on its way: products run while 
                 if (missing >> (2 * j + b) & 1) v[b][j] = peek4(from + (b * 128 + offset));
         }
     }
-    // single: the first block of the two alone
-    __device__ __forceinline__ void ask(const u8* from, u32 t, u32 stride, bool single) {
-        ask(from, t, stride, EIGHT && single ? FIRST : ~0u);
-    }
-
-    __device__ __forceinline__ void keep(u32 to, const u8* from, u32 t, u32 stride, bool single) {
+    // asked: for all of them, before. single: the first block of the two alone
+    __device__ __forceinline__ void keep(u32 to, const u8* from, u32 t, u32 stride, bool asked, bool single) {
+        u32 missing = single ? FIRST : ~0u;
         for (u32 tries = 0;; tries++) {
+            if (!asked || tries) ask(from, t, stride, missing);
             u32 bad = 0;
 #pragma unroll
             for (int b = 0; b < 2; b++)
 #pragma unroll
                 for (int j = 0; j < TURNS; j++) bad |= (top_of(v[b][j]) == EMPTY) << (2 * j + b);
-            const u32 missing = any_lane(EIGHT && single ? bad & FIRST : bad);
+            missing &= any_lane(bad);
             if (!missing) break;
             if (tries > PATIENCE) give_up();
-            ask(from, t, stride, missing);
         }
         const u32 piece = t % 8, first = t / 8;
         to += first * 128 + ((piece ^ first % 8) * 16);
@@ -335,6 +332,7 @@ template <int FORMAT>
 __device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& ring, u32 x, u32 pieces, bool last, u32 warp, u32 lane) {
     // an instruction takes 32 bytes of a token's row, a block of 128 bytes four
     constexpr int BATCH = Piece<FORMAT>::PRODUCTS, APART = LOADS * BATCH / 4 * (MT * 8);
+    constexpr bool DECODES = FORMAT == 1 || FORMAT == 2;  // else words are operands as they are
     // K-major, 128-byte swizzle, 1024 bytes from eight tokens to the next eight
     constexpr u32 HIGH = 64 | 1u << 30;
     u32 here = x >> 4 | 1 << 16;
@@ -350,7 +348,7 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& 
                 if constexpr (FORMAT == 2) scales = k == 0 ? words.scales[i].x : k == 1 ? words.scales[i].y : k == 2 ? words.scales[i].z : words.scales[i].w;
                 operand_of<FORMAT>(a[k], words.codes[i], k, scales);
             }
-            products_begin();
+            if (DECODES || i == 0) products_begin();
 #pragma unroll
             for (int k = 0; k < BATCH; k++) {
                 const int step = i * BATCH + k;
@@ -358,17 +356,17 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& 
                 if constexpr (FORMAT == 3) warpgroup_mma_e4m3(d, a[k], b);
                 else warpgroup_mma(d, a[k], b);
             }
-            products_commit();
-            if (i >= 1 && i + 1 < LOADS) products_wait<1>();  // the registers of the batch before are free
+            if (DECODES || i + 1 == LOADS) products_commit();
+            if (DECODES && i >= 1 && i + 1 < LOADS) products_wait<1>();  // the registers of the batch before are free
         }
         here += APART;
-        // while the products are under way, which read words that need no decoding themselves
+        // while the products are under way
         Words next;
-        if constexpr (FORMAT == 0 || FORMAT == 3) next.load(ring, warp, lane, false, there);
+        if constexpr (!DECODES) next.load(ring, warp, lane, false, there);
         else words.load(ring, warp, lane, FORMAT == 2, there);
         products_wait<0>();
         pin(d);
-        if constexpr (FORMAT == 0 || FORMAT == 3) words = next;
+        if constexpr (!DECODES) words = next;
         if (there) ring.give_back();
         else if (more) words.read(ring, warp, lane, FORMAT == 2);
         if (!follows) break;
