@@ -38,8 +38,8 @@ EVENTS = {
     "attention: parts there": (18, 19), "attention: summed, posted": (19, 5), "o: activations there": (5, 6),
     "o: product": (6, 7), "o: partial sums posted": (7, 8), "o: parts there": (8, 27), "o: posted": (27, 9),
     "gate up: activations there": (9, 10), "gate up: product": (10, 11), "gate up: sums of the block": (11, 22),
-    "gate up: sent to the pair": (22, 23), "gate up: posted": (23, 12),
-    "down: activations there": (13, 14), "down: product": (14, 26), "down: posted": (26, 15),
+    "gate up: posted": (22, 12), "down: activations there": (13, 14), "down: product": (14, 26),
+    "down: partial sums posted": (26, 15), "down: parts there": (15, 28), "down: posted": (28, 29),
 }  # fmt: skip
 
 

@@ -32,11 +32,11 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
         const bool last = layer + 1 == p.layers;
         const float* const vectors = p.vectors + ((size_t)step * p.layers + layer) * V_LAYER;
         const Place at;
-        if (EIGHT && layer == 0 && at.t == 0) scales[at.tid / 4] = vectors[V_SCALES + 1];  // read by this thread before others
+        if (EIGHT && layer == 0 && at.t == 0) scales[at.tid / 4] = vectors[V_STREAM];  // read by this thread before others
         if (layer == 0 && owns && at.group == 0) {
             const float4 h = project_actions(at, p.flow, actions);
             stream[at.tid] = h;
-            post_stream(at, h, float4_at(vectors + V_FACTOR1 + OwnPlace(at).column), EIGHT ? vectors[V_SCALES + 1] : 1.0f, mail, M_IN1, M_SQUARES1, own_squares);
+            post_stream(at, h, float4_at(vectors + V_FACTOR1 + OwnPlace(at).column), EIGHT ? vectors[V_STREAM] : 1.0f, mail, M_IN1, M_SQUARES1, own_squares);
         }
         const float* const row_scale = p.row_scale + (size_t)layer * R_LAYER;
         const u32 phase = turn % 2;
@@ -60,7 +60,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                 MARK(4);
                 if (attends) {
                     if (at.tid == 0) arrive(cache_barrier(VALUES_FREE));
-                    attend(at, KeyRange(prefix, at.part), memory, attention, mail, parcels, phase, p.scale, EIGHT ? vectors[V_SCALES + 2] : 1.0f, p, layer);
+                    attend(at, KeyRange(prefix, at.part), memory, attention, mail, parcels, phase, p.scale, EIGHT ? vectors[V_SEEN] : 1.0f, p, layer);
                     block_barrier();  // values are read: partial sums may take their place
                 }
             }
@@ -88,7 +88,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             await_tokens(activations, place, at.group, apart * 128, row_bytes);
             if (in_pair) squares.ask(at, squares_at);
             Taken taken;
-            if (!EIGHT) taken.ask(activations, place, row_bytes, ~0u);
+            taken.ask(activations, place, row_bytes, single);
             float d[4 * NT];
 #pragma unroll
             for (int i = 0; i < 4 * NT; i++) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i]));  // here, not long before
@@ -97,9 +97,9 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             const u32 operand = stage == GATE_UP ? x : blocks_at;
 #pragma unroll 1
             for (u32 half = 0;;) {
-                taken.keep(blocks_at + half * apart * (MT * 128), activations + half * apart * 128, place, row_bytes, !EIGHT, single);
+                taken.keep(blocks_at + half * apart * (MT * 128), activations + half * apart * 128, place, row_bytes, single);
                 const bool last_half = ++half == halves;
-                if (!last_half) taken.ask(activations + apart * 128, place, row_bytes, ~0u);
+                if (!last_half) taken.ask(activations + apart * 128, place, row_bytes, single);
                 if (!last_half && pieces == all) continue;
                 if (stage == GATE_UP) block_barrier(); else group_barrier(at.group);
                 if (half == 1) MARK(stage == QKV ? 1 : 4 * stage + 2);
@@ -183,8 +183,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                 } else {
                     wait_bytes(pair_barrier, pair_parity);
                     const u32 to = M_ACT + (first_row + local_row) / 2 * SIZE;  // two rows a feature
-                    const float inverse = EIGHT ? vectors[V_SCALES] : 1.0f;
-                    u32 before = 0;  // E4M3: of a token tile, two features
+                    u32 before = 0;  // E4M3: of the token tile before, two features
 #pragma unroll
                     for (int n = 0; n < LOW_TILES; n++) {
                         if (n >= tiles) break;
@@ -195,14 +194,14 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                         v = four_rows(v, at.odd);
                         if (!EIGHT && token >= TOKENS) continue;
                         const float root = roots[min(token, (u32)TOKENS - 1)];
-                        const float a = geglu(fmaf(v.x * root, scale.x, second.x), fmaf(v.y * root, scale.y, second.y));
-                        const float b = geglu(fmaf(v.z * root, scale.z, second.z), fmaf(v.w * root, scale.w, second.w));
+                        const float gates[2] = {fmaf(v.x * root, scale.x, second.x), fmaf(v.z * root, scale.z, second.z)};
+                        const float ups[2] = {fmaf(v.y * root, scale.y, second.y), fmaf(v.w * root, scale.w, second.w)};
                         if (!EIGHT) {
-                            post(mail + to + token * (FEATURES * 2), pack_bf16(a, b));
+                            post(mail + to + token * (FEATURES * 2), pack_bf16(geglu(gates[0], ups[0]), geglu(gates[1], ups[1])));
                             continue;
                         }
                         // with the lane of g ^ 2, which has the next two features, one trades for four of one of two tiles
-                        const u32 pair = two_e4m3(a * inverse, b * inverse);
+                        const u32 pair = pack_e4m3(geglu_of_half(gates[0], ups[0]), geglu_of_half(gates[1], ups[1]), 0.0f, 0.0f);  // ups as ExpertLoop.pack leaves them
                         const u32 first = n % 2 ? before : pair, second = n % 2 ? pair : 0;
                         before = pair;
                         if (n % 2 == 0 && n + 1 < tiles) continue;
@@ -229,7 +228,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                     const float4 scale = float4_at(tables.scale + local_row), second = float4_at(tables.second + local_row);
                     const float4 third = float4_at(tables.third + local_row);
                     const float4 v = four_rows(sum_of_parts(at, sums_at, phase), at.odd);
-                    if (stage == OUT) MARK(27);
+                    MARK(stage == OUT ? 27 : 28);
                     float4 h = stream[at.tid];
                     h.x = fmaf(v.x * scale.x, second.x, h.x), h.y = fmaf(v.y * scale.y, second.y, h.y);
                     h.z = fmaf(v.z * scale.z, second.z, h.z), h.w = fmaf(v.w * scale.w, second.w, h.w);
@@ -237,6 +236,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                     if (stage == OUT || !last)
                         post_stream(at, h, third, EIGHT ? scales[OwnPlace(at).token] : 1.0f, mail, stage == OUT ? M_IN2 : M_IN1, stage == OUT ? M_SQUARES2 : M_SQUARES1, own_squares);
                 }
+                if (stage == DOWN) MARK(29);
                 if (stage == DOWN) block_barrier();  // the scratch is read: values may take its place
             }
             if (stage == QKV) MARK(3);
@@ -262,7 +262,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
     }
     if (threadIdx.x == 0) barrier_init(pair_barrier, 1);
     if (threadIdx.x < GROUPS) barrier_init(shared_address(meetings + threadIdx.x), 128);
-    if (threadIdx.x < 4) barrier_init(cache_barrier(threadIdx.x), threadIdx.x % 2 ? 2 * BRINGERS : 1);
+    if (threadIdx.x < 4) barrier_init(cache_barrier(threadIdx.x), threadIdx.x % 2 ? BRINGERS : 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
     if (__shfl_sync(0xffffffffu, threadIdx.x / 128, 0) == GROUPS) {

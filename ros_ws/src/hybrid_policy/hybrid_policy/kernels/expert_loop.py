@@ -130,9 +130,9 @@ class ExpertLoop:
     Args:
         layers, steps: of the expert, of the flow.
         tokens: of a chunk. actions: of a token, at most `LANES`. capacity: rows of the cache.
-        formats: ``qkv``, ``o``, ``gate_up``, ``down`` -> bf16, e4m3 or nvfp4 (activations are bf16 in each); or w8a8 for
-            all four (weights and activations in E4M3: the residual stream in a scale that follows its tokens, and NaN
-            should one outgrow it; attention's and GeGLU's results in a scale a layer and step that holds for any input).
+        formats: ``qkv``, ``o``, ``gate_up``, ``down`` -> bf16, e4m3 or nvfp4 (activations are bf16 in each); or w8a8
+            for all four: weights and activations in E4M3, the residual stream in a scale that follows its tokens (NaN
+            should one outgrow it), attention's and GeGLU's results in a scale a layer that holds for any input.
         trace: record clocks of every block and stage in `clocks`.
         macros: for experiments.
     """
@@ -176,15 +176,16 @@ class ExpertLoop:
         self.row_scale = torch.empty(layers, rows, device=device)
         self.vectors = torch.zeros(steps, layers, rows + 2 * WIDTH + 4, device=device)
         # what activations in E4M3 are to be multiplied by: attention's results, and GeGLU's
-        self.seen_scale, self.act_scale = (torch.ones(layers, steps, device=device) for _ in range(2))
+        self.seen_scale, self.act_scale = (torch.ones(layers, device=device) for _ in range(2))
         self._out_weight, self._in_weight = (torch.zeros(WIDTH, LANES, device=device) for _ in range(2))
         self._in_bias, self._factor = torch.zeros(WIDTH, device=device), torch.zeros(steps, WIDTH, device=device)
         self._shift, self._times = torch.zeros(steps, LANES, device=device), torch.zeros(steps, 4, device=device)
         self._mail = torch.full((4 * plan.mail_words + plan.parcel_words,), _EMPTY, dtype=torch.int32, device=device)
         self._parcels = self._mail[4 * plan.mail_words :]
         self.clocks = torch.zeros(blocks, layers, 32, dtype=torch.int64, device=device) if trace else None
-        # measured at 270 (bf16): 64 brings 4 %, 128 costs 2 %; at 110 (h100) memory has time enough
-        ahead = 64 if WARPS * at > 200 * 1024 else 0
+        # measured at 270 (bf16): 64 brings 4 %, 128 costs 2 %; at 135 (w8a8): 32 brings 3 %; at 110 (the hybrid) memory
+        # has time enough
+        ahead = 64 if WARPS * at > 200 * 1024 else 32 if WARPS * at > 120 * 1024 else 0
         macros = {"AHEAD": ahead} | (macros or {}) | {"TOKENS": tokens, "ACTIONS": actions, "MT": plan.padded}
         macros |= {"KEYS": plan.keys, "SLOTS": plan.slots}
         macros |= {f"FORMAT_{name.upper()}": FORMATS[fmt] for name, fmt in formats.items()}
@@ -231,9 +232,13 @@ class ExpertLoop:
                 raise InputError(f"expert loop: layers.{layer}.{stage} without shift and factor, expected for w8a8")
             bound = row_bounds(expert.decoded(fmt, values, scales, rows), factor, shift)
             if stage == "qkv":
-                self.seen_scale[layer] = bound[-HEAD_DIM:].amax(0) / E4M3_MAX
+                self.seen_scale[layer] = bound[-HEAD_DIM:].amax() / E4M3_MAX
             else:
-                self.act_scale[layer] = (bound[:FEATURES] * bound[FEATURES:]).amax(0) / E4M3_MAX
+                scale = (bound[:FEATURES] * bound[FEATURES:]).amax() / E4M3_MAX
+                self.act_scale[layer] = scale
+                # into up's rows, every other one: the kernel's GeGLU wants half of them, and its results divided
+                self.row_scale[layer, at + 1 : at + shape[0] : 2] *= 0.5 / scale
+                self.vectors[:, layer, begin + 1 : begin + shape[0] : 2] *= 0.5 / scale
         cut = pieces(
             kind,
             expert.rows_of(values, order),
@@ -261,16 +266,15 @@ class ExpertLoop:
         """
         qkv, gate_up = STAGES["qkv"][0], STAGES["gate_up"][0]
         if self._formats["down"] == "w8a8":
-            # attention's results are means of values; a tenth more for a cache in FP8 and for roundings
-            self.seen_scale[layer].clamp_(min=most_value / E4M3_MAX).mul_(1.1)
-            self.vectors[:, layer, -4] = 1.0 / self.act_scale[layer]
-            self.vectors[:, layer, -2] = 1.0 / self.seen_scale[layer]
+            # attention's results are means of values; a quarter more for a cache in FP8 and for roundings
+            self.seen_scale[layer].clamp_(min=most_value / E4M3_MAX).mul_(1.25)
+            self.vectors[:, layer, -3] = 1.0 / self.seen_scale[layer]
         second = WIDTH + qkv
         for begin, value in (
             (0, factors[0]),
-            (second, gates[0] * self.seen_scale[layer][:, None]),
+            (second, gates[0] * self.seen_scale[layer]),
             (second + WIDTH, factors[1]),
-            (second + 2 * WIDTH + gate_up, gates[1] * self.act_scale[layer][:, None]),
+            (second + 2 * WIDTH + gate_up, gates[1] * self.act_scale[layer]),
         ):
             self.vectors[:, layer, begin : begin + WIDTH] = value
 
@@ -293,7 +297,7 @@ class ExpertLoop:
         self._times.copy_(torch.tensor(rows))
         # the residual stream's first scale, for actions as large as the noise
         square = weights.in_weight.square().sum(1) + weights.in_bias.square()
-        self.vectors[:, 0, -3] = HEADROOM * square.mean().clamp(min=1e-30).rsqrt()
+        self.vectors[:, 0, -4] = HEADROOM * square.mean().clamp(min=1e-30).rsqrt()
 
     def start(self) -> None:
         """Empty the mail; before a launch.

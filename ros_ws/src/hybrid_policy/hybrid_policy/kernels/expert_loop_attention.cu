@@ -36,9 +36,9 @@ __device__ __forceinline__ void bring_prefix(const Arguments& p, u32 keys_to, u3
             wait_bytes(cache_barrier(which), turn % 2);
 #pragma unroll 2
             for (u32 r = warp; r < range.prefix; r += TURNS, from += TURNS * HEAD_DIM) copy16(places + r * PITCH, from);
-            asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(there) : "memory");
 #pragma unroll 1
             for (u32 r = range.count() + warp; r < (range.count() + 15) / 16 * 16; r += TURNS) store_shared4(places + r * PITCH, make_uint4(0, 0, 0, 0));
+            copies_done();
             arrive(there);
         }
 }

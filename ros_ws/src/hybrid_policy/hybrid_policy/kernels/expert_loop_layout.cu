@@ -27,8 +27,8 @@ constexpr int R_QKV = 0, R_O = R_QKV + QKV_ROWS, R_GATE_UP = R_O + WIDTH, R_DOWN
 constexpr int R_LAYER = R_DOWN + WIDTH;
 constexpr int V_FACTOR1 = 0, V_QKV = V_FACTOR1 + WIDTH, V_GATE1 = V_QKV + QKV_ROWS, V_FACTOR2 = V_GATE1 + WIDTH;
 constexpr int V_GATE_UP = V_FACTOR2 + WIDTH, V_GATE2 = V_GATE_UP + 2 * FEATURES, V_SCALES = V_GATE2 + WIDTH;
-// where activations are E4M3, what they are multiplied by: GeGLU's results; the flow's first; attention's results; one more
-constexpr int V_LAYER = V_SCALES + 4;
+// where activations are E4M3, what they are multiplied by: the residual stream, before the first layer; attention's results
+constexpr int V_STREAM = V_SCALES, V_SEEN = V_SCALES + 1, V_LAYER = V_SCALES + 4;
 
 // bytes of one copy of the mail
 constexpr int M_IN1 = 0, M_Q = M_IN1 + MT * WIDTH * SIZE, M_K = M_Q + MT * HEADS * HEAD_DIM * 2, M_V = M_K + MT * HEAD_DIM * 2;

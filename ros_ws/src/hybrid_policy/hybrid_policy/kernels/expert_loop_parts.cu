@@ -200,19 +200,20 @@ struct Taken {  // a lane's share of two blocks, on its way: products run while 
                 if (missing >> (2 * j + b) & 1) v[b][j] = peek4(from + (b * 128 + offset));
         }
     }
-    // asked: for all of them, before. single: the first block of the two alone
-    __device__ __forceinline__ void keep(u32 to, const u8* from, u32 t, u32 stride, bool asked, bool single) {
-        u32 missing = single ? FIRST : ~0u;
+    // single: the first block of the two alone
+    __device__ __forceinline__ void ask(const u8* from, u32 t, u32 stride, bool single) { ask(from, t, stride, single ? FIRST : ~0u); }
+
+    __device__ __forceinline__ void keep(u32 to, const u8* from, u32 t, u32 stride, bool single) {
         for (u32 tries = 0;; tries++) {
-            if (!asked || tries) ask(from, t, stride, missing);
             u32 bad = 0;
 #pragma unroll
             for (int b = 0; b < 2; b++)
 #pragma unroll
                 for (int j = 0; j < TURNS; j++) bad |= (top_of(v[b][j]) == EMPTY) << (2 * j + b);
-            missing &= any_lane(bad);
+            const u32 missing = any_lane(single ? bad & FIRST : bad);
             if (!missing) break;
             if (tries > PATIENCE) give_up();
+            ask(from, t, stride, missing);
         }
         const u32 piece = t % 8, first = t / 8;
         to += first * 128 + ((piece ^ first % 8) * 16);
@@ -244,6 +245,13 @@ __device__ __forceinline__ void warpgroup_mma(float (&d)[4 * NT], const u32 (&a)
                  : D4(0), D4(1), D4(2), D4(3), D4(4), D4(5), D4(6), D4(7)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 #endif
+}
+
+// GeGLU, u halved before. tanh.approx errs by 2^-11, E4M3 by 2^-4.
+__device__ __forceinline__ float geglu_of_half(float g, float u) {
+    float t, inner = g * fmaf(0.035677408136300125f, g * g, 0.7978845608028654f);
+    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(inner));
+    return fmaf(g, t, g) * u;
 }
 
 // E4M3, and NaN instead of what it cannot hold: saturation would be a wrong number that nobody sees
