@@ -172,7 +172,7 @@ def build_weights(
     split: list[GemmaLayer] = []
     fused: list[FusedLayer] = []
     cluster: list[ClusterLayer] = []
-    loop = _expert_loop(packer, config, modulations, pdl) if expert == "loop" else None
+    loop = _expert_loop(packer, source, config, modulations, pdl) if expert == "loop" else None
     for i in range(config.expert.depth):
         stem = f"{EXPERT}layers.{i}."
         if expert == "loop":
@@ -376,10 +376,17 @@ def _cluster_layer(
     return layer
 
 
+def _most_value(source: Source, layer: int) -> float:
+    """No value of the prefix's layer is larger, whatever the images: a normalised row has ‖n‖ ≤ √K (Cauchy-Schwarz)."""
+    stem = f"{PREFIX}layers.{layer}."
+    rows = source(stem + "self_attn.v_proj.weight").float() * (1.0 + source(stem + "input_layernorm.weight").float())
+    return float(rows.norm(dim=1).amax()) * rows.shape[1] ** 0.5
+
+
 def _expert_loop(
-    packer: _Packer, config: Pi05Config, modulations: Modulations, pdl: bool, *, eight: bool = True
+    packer: _Packer, source: Source, config: Pi05Config, modulations: Modulations, pdl: bool, *, eight: bool = True
 ) -> ExpertLoop:
-    """eight: GeGLU's results in E4M3 before an FP8 ``down``, unless a layer's rows are too uneven for one scale."""
+    """eight: activations in E4M3 too where all sites are FP8, unless a layer's rows are too uneven for one scale."""
     gemma = config.expert
     capacity = config.prefix_tokens + config.horizon
     loop: ExpertLoop | None = None
@@ -393,8 +400,8 @@ def _expert_loop(
         }
         if loop is None:
             formats = {name: expert_kernels.format_of(weights[0]) for name, weights in stages.items()}
-            if eight and formats["down"] == "e4m3":
-                formats["down"] = "w8a8"
+            if eight and set(formats.values()) == {"e4m3"}:
+                formats = dict.fromkeys(formats, "w8a8")
             device = modulations.scale.device
             chunk = (config.horizon, config.max_action_dim)
             loop = ExpertLoop(gemma.depth, config.num_steps, *chunk, capacity, formats, device, pdl=pdl)
@@ -403,17 +410,17 @@ def _expert_loop(
             for table in (modulations.scale, modulations.shift, modulations.gate)
         )
         for name, weights in stages.items():
-            loop.pack(i, name, weights, {"qkv": shifts[0], "gate_up": shifts[1]}.get(name), scales[1])
+            place = {"qkv": 0, "gate_up": 1}.get(name)
+            loop.pack(i, name, weights, *(() if place is None else (shifts[place], scales[place])))
         if formats["down"] == "w8a8":
             gate, up, down = (dense(weight) for weight in (*stages["gate_up"], *stages["down"]))
-            factors = loop.act_scale[i] / gate.shape[1]  # of the square of a normalised row's length
-            pairs = zip(scales[1], factors.tolist(), strict=True)
-            loss = max(gated_row_loss(gate * norm, up * norm, down, factor) for norm, factor in pairs)
+            factor = float(loop.act_scale[i]) / gate.shape[1]  # of the square of a normalised row's length
+            loss = max(gated_row_loss(gate * norm, up * norm, down, factor) for norm in scales[1])
             if loss > MOST_LOSS:
                 packer.note("expert.down", f"layer {i} would lose {loss:.1f} dB with GeGLU's results in FP8: bf16")
                 del loop
-                return _expert_loop(packer, config, modulations, pdl, eight=False)
-        loop.modulate(i, scales, gates)
+                return _expert_loop(packer, source, config, modulations, pdl, eight=False)
+        loop.modulate(i, scales, gates, _most_value(source, i) if formats["down"] == "w8a8" else 0.0)
     assert loop is not None
     packer.note("expert", loop.route)
     return loop
