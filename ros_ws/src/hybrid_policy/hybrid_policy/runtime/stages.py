@@ -50,7 +50,8 @@ class StageTable:
     that it does not take by the library all the same), or by the library and a pass behind it.
     ``qkv``: the prefix's queries, keys and values with their RoPE in one launch (``hopper``, kernels/qkv_product.py),
     or by the library and ``rope_split`` behind it. ``prefix_out``: the product behind the prefix's attention by
-    ``hopper`` (kernels/hopper_product.py) or the library. Neither is measured yet, so the library is the default.
+    ``hopper`` (kernels/hopper_product.py) or the library. Neither takes FP8 weights with several scales, which stay
+    with the library; neither is measured yet, so the library is the default.
 
     pdl: kernels may start before their predecessor ends (programmatic dependent launch).
     """

@@ -137,7 +137,9 @@ def middle(tmp_path_factory):
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "seed", "fp8", "h100"])
-@pytest.mark.parametrize("table", ["", "expert=fused", "expert=split", "gate_up=library"])
+@pytest.mark.parametrize(
+    "table", ["", "expert=fused", "expert=split", "gate_up=library", "qkv=hopper", "qkv=hopper,prefix_out=hopper"]
+)
 def test_expert_kernels_agree_with_the_cpu_reference(middle, monkeypatch, recipe, table):
     from hybrid_policy.models.processors import ModelInputs
 
@@ -162,12 +164,14 @@ def test_expert_kernels_agree_with_the_cpu_reference(middle, monkeypatch, recipe
     np.testing.assert_array_equal(on_device.run(inputs, noise)[0], result)
 
 
-def test_the_prefix_cache_in_fp8(middle):
+@pytest.mark.parametrize("table", ["", "qkv=hopper"])
+def test_the_prefix_cache_in_fp8(middle, monkeypatch, table):
     import dataclasses
 
     from hybrid_policy.models.processors import ModelInputs
     from hybrid_policy.runtime.recipe import load_recipe
 
+    monkeypatch.setenv("HYBRID_POLICY_STAGES", table)
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (2, 56, 56, 3), dtype=np.uint8)
     tokens = random.integers(1, 256, 64)
