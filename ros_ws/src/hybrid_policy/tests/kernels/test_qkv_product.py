@@ -1,11 +1,12 @@
 """Queries, keys and values with RoPE in one launch: its plans, its machine code, and on a Hopper GPU its results."""
 
+import itertools
 import os
 
 import pytest
 import torch
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels import hopper_product
+from hybrid_policy.kernels import hopper_product, tensor_map
 from hybrid_policy.kernels import qkv_product as qkv
 from hybrid_policy.kernels.qkv import rope_split, rope_tables
 from hybrid_policy.kernels.qkv_product import QkvPlan, make_plan, plan_qkv_product, qkv_product_reference
@@ -60,6 +61,29 @@ def test_what_fits():
     assert not qkv.fits((9, 0), 8, 1, 128, 2048)
     assert not qkv.fits((9, 0), 8, 1, 256, 2040)
     assert not qkv.fits((9, 0), 8, 1, 256, 2048, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP8])
+def test_a_sixteen_of_rows_is_eight_pairs(dtype, monkeypatch):
+    made = []
+    monkeypatch.setattr(tensor_map, "_encode", lambda *arguments: made.append(arguments) or b"")
+    weight = torch.empty(4 * 256, 48, dtype=dtype)
+    tensor_map.halves_map(weight, 256)
+    address, kind, shape, strides, box, swizzle = made[0]
+    size = dtype.itemsize
+    assert (address, kind, shape, box[0], swizzle) == (weight.data_ptr(), dtype, (48, 8, 2, 16, 4), 128 // size, 128)
+    column, head, eight = 32, 3, 8
+    rows = []
+    for place in itertools.product(*(range(extent) for extent in reversed(box[1:]))):  # innermost last
+        at = [head + place[0], eight + place[1], place[2], place[3]]
+        assert all(i < extent for i, extent in zip(at, reversed(shape[1:]), strict=True))
+        offset = sum(i * stride for i, stride in zip(at, reversed(strides), strict=True)) + column * size
+        assert (offset - column * size) % (48 * size) == 0
+        rows.append(offset // (48 * size) - head * 256)
+    assert len(rows) == 64
+    for warp in range(4):
+        first = list(range(64 + 8 * warp, 72 + 8 * warp))
+        assert rows[16 * warp : 16 * warp + 16] == [*first, *(row + 128 for row in first)]
 
 
 def test_inputs_of_other_shapes_are_refused():
