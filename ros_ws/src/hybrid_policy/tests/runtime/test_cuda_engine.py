@@ -159,6 +159,9 @@ def test_expert_kernels_agree_with_the_cpu_reference(middle, monkeypatch, recipe
     if table == "":
         assert "expert cluster" in on_device.description
         assert "gate_up hopper" in on_device.description or torch.cuda.get_device_capability() != (9, 0)
+    if torch.cuda.get_device_capability() == (9, 0):
+        for choice in filter(lambda part: part.endswith("=hopper"), table.split(",")):
+            assert choice.replace("=", " ") in on_device.description
     result, _ = on_device.run(inputs, noise)
     assert relative(result, expected) < (1e-2 if recipe == "bf16" else 4e-2)
     np.testing.assert_array_equal(on_device.run(inputs, noise)[0], result)
@@ -181,6 +184,8 @@ def test_the_prefix_cache_in_fp8(middle, monkeypatch, table):
     on_device = Engine.from_checkpoint(middle, recipe, "cuda", rtc=OFF)
     assert "expert fused" in on_device.description
     assert "prefix_attention kernel" in on_device.description
+    if table and torch.cuda.get_device_capability() == (9, 0):
+        assert "qkv hopper" in on_device.description
     exact, _ = Engine.from_checkpoint(middle, "float32", "cpu", rtc=OFF).run(inputs, noise)
     result, _ = on_device.run(inputs, noise)
     assert 1e-4 < relative(result, exact) < 6e-2
