@@ -36,6 +36,7 @@ from hybrid_policy.kernels import (
     nvfp4,
     prefix_attention,
     qkv,
+    qkv_product,
     tiles,
     vision_attention,
     wgmma_linear,
@@ -293,9 +294,30 @@ def gated() -> Outputs:
     return outs
 
 
+def projected() -> Outputs:
+    """qkv_product: both formats and caches, every cluster, rings that turn over, ragged tokens, a tile of none."""
+    outs: Outputs = {}
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        m, k = 53, 5 * 128 // dtype.itemsize + 16
+        for heads, cache in ((2, torch.bfloat16), (0, torch.float8_e4m3fn)):
+            x, w = normal(m, k).to(dtype), normal((heads + 2) * 256, k).to(dtype)
+            tables, start = qkv.rope_tables(60, 256, "cuda"), torch.full((1,), 4, dtype=torch.int32, device="cuda")
+            for ct, cf in ((1, 1), (2, 1), (1, 2), (2, 2), (2, 4)):
+                keys, values = torch.zeros(2, 60, 1, 256, device="cuda").to(cache)
+                q, scale = poison(m, heads, 256), torch.rand(m, device="cuda")
+                plan = qkv_product.QkvPlan(40 if ct == 1 else 24, ct, cf, 3)
+                qkv_product.qkv_product(
+                    x, w, q, keys, values, tables, start, row_scale=scale, scale=0.1, pdl=ct == 2, plan=plan
+                )
+                name = f"{dtype}, {heads} heads, {ct}x{cf}"
+                outs |= {f"{name}, q": q, f"{name}, k": keys, f"{name}, v": values}
+    return outs
+
+
 GROUPS: dict[str, Callable[[], Outputs]] = {
     "gate_up": gate_up, "down": down, "stream": stream, "rows": rows, "expert": expert_layer, "loop": loop,
     "flow": flow, "gated": gated, "vision": vision, "prefix_attention": prefix, "product": product,
+    "projected": projected,
 }  # fmt: skip
 #: Kernels that have their own GPU tests, sanitised through these.
 TEST_GROUPS = (

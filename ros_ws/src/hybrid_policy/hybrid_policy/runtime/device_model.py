@@ -22,6 +22,7 @@ from hybrid_policy.kernels.hopper_product import hopper_product, pays
 from hybrid_policy.kernels.prefix_attention import PrefixAttention
 from hybrid_policy.kernels.prefix_inputs import padded_patch
 from hybrid_policy.kernels.qkv import rope_tables
+from hybrid_policy.kernels.qkv_product import qkv_product
 from hybrid_policy.models.flow import step_times
 from hybrid_policy.runtime.device_weights import DeviceWeights, GemmaLayer
 from hybrid_policy.runtime.projection import Projection
@@ -148,8 +149,7 @@ class DeviceModel:
             h, scale = self._normed(x, layer.qkv, layer.norm1, addend, row_scale)
             heads = 0 if last else gemma.heads
             q = torch.empty(rows, heads, gemma.head_dim, dtype=w.dtype, device=self.device)
-            keys, values = self.keys[i], self.values[i]
-            self._glue["rope_split"](layer.qkv(h), q, keys, values, self.tables, None, row_scale=scale)
+            self._prefix_qkv(h, scale, layer.qkv, q, i)
             if last:
                 break
             addend, row_scale = self._attend(q, i, 0, attention, layer, inputs)
@@ -158,6 +158,15 @@ class DeviceModel:
                 continue
             h, scale = self._normed(x, layer.mlp_in, layer.norm2, addend, row_scale)
             addend, row_scale = self._mlp(h, scale, layer)
+
+    def _prefix_qkv(self, h: Tensor, scale: Tensor | None, product: Projection, q: Tensor, i: int) -> None:
+        """Queries, keys and values of layer ``i``, turned and in their places."""
+        places, held = (q, self.keys[i], self.values[i], self.tables, None), product.held()
+        if self.table.qkv == "hopper" and held is not None:
+            weight, factor = held
+            qkv_product(h, weight, *places, row_scale=scale, scale=factor, pdl=self.table.pdl)
+            return
+        self._glue["rope_split"](product(h), *places, row_scale=scale)
 
     def _gated(
         self, x: Tensor, layer: GemmaLayer, addend: Tensor, row_scale: Tensor | None
@@ -341,18 +350,24 @@ class DeviceModel:
     ) -> tuple[Tensor, Tensor | None]:
         """Attention and its output projection: the product, and the scale of its rows if that is still to apply."""
         assert layer.out is not None
+        held = layer.out.held() if self.table.prefix_out == "hopper" and extra == 0 else None  # the expert's is small
+
+        def out(rows: Tensor) -> Tensor:
+            assert layer.out is not None
+            return layer.out(rows) if held is None else hopper_product(rows, *held, pdl=self.table.pdl)
+
         if layer.out.quantised and isinstance(attention, PrefixAttention):
             eight = torch.empty(q.shape, dtype=torch.float8_e4m3fn, device=self.device)
             scale = torch.empty(q.shape[0], dtype=torch.float32, device=self.device)
             attention(q, self.keys[i], self.values[i], inputs.valid, extra, eight, out_scale=scale)
-            return layer.out(eight.flatten(1)), scale
+            return out(eight.flatten(1)), scale
         seen = torch.empty_like(q)
         attention(q, self.keys[i], self.values[i], inputs.valid, extra, seen)  # type: ignore[operator]
         rows = seen.flatten(1)
         if not layer.out.quantised:
-            return layer.out(rows), None
+            return out(rows), None
         rows, scale = self._quantised(rows)
-        return layer.out(rows), scale
+        return out(rows), scale
 
     def _mlp(self, h: Tensor, scale: Tensor | None, layer: GemmaLayer) -> tuple[Tensor, Tensor | None]:
         """GeGLU: the down projection's product, and the scale of its rows if that is still to apply."""

@@ -12,7 +12,14 @@ from torch import nn
 
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import expert as expert_kernels
-from hybrid_policy.kernels import expert_loop, gate_up_product, hopper_product, prefix_attention, vision_attention
+from hybrid_policy.kernels import (
+    expert_loop,
+    gate_up_product,
+    hopper_product,
+    prefix_attention,
+    qkv_product,
+    vision_attention,
+)
 from hybrid_policy.models.checkpoint import Checkpoint
 from hybrid_policy.models.config import Pi05Config
 from hybrid_policy.models.pi05 import EXPERT, keeps_float32
@@ -184,9 +191,10 @@ def choose_table(
 ) -> StageTable:
     """The stages' implementations.
 
-    wgmma's prefix attention and gate and up on Hopper, else Triton's and the library's. For the expert: one launch a
-    flow step on Hopper, else the cluster kernels, where device, shapes, precisions and cache allow them, else Triton's
-    fused kernels; split stages where real-time chunking needs a modulation a row.
+    wgmma's prefix attention and gate and up on Hopper, else Triton's and the library's; where the table asks for them,
+    likewise q, k, v and the product behind attention. For the expert: one launch a flow step on Hopper, else the
+    cluster kernels, where device, shapes, precisions and cache allow them, else Triton's fused kernels; split stages
+    where real-time chunking needs a modulation a row.
 
     The variable HYBRID_POLICY_STAGES overrides single stages (see `stages.parse_table`), for comparisons.
     """
@@ -205,6 +213,11 @@ def choose_table(
         table = dataclasses.replace(table, vision_product="library")
     if not gate_up_product.fits(capability, prefix.mlp_dim, prefix.width):
         table = dataclasses.replace(table, gate_up="library")
+    heads_of_prefix = prefix.heads, prefix.kv_heads, prefix.head_dim
+    if not qkv_product.fits(capability, *heads_of_prefix, prefix.width, cache):
+        table = dataclasses.replace(table, qkv="library")
+    if not hopper_product.fits(capability, prefix.width, prefix.heads * prefix.head_dim):
+        table = dataclasses.replace(table, prefix_out="library")
     if rtc.mode == "prefix":
         return dataclasses.replace(table, expert="split")
     if table.expert != "loop" or "expert=" in text:

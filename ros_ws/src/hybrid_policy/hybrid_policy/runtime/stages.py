@@ -26,13 +26,15 @@ GLUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "rope_split": (qkv.rope_split_reference, qkv.rope_split),
     "flow_step": (flow_step.flow_step_reference, flow_step.flow_step),
 }
-STAGES = (*GLUE, "attention", "prefix_attention", "vision_product", "gate_up", "expert")
+STAGES = (*GLUE, "attention", "prefix_attention", "vision_product", "gate_up", "qkv", "prefix_out", "expert")
 #: what the stages that are no glue may be
 _CHOICES = {
     "expert": ("loop", "cluster", "fused", "split"),
     "prefix_attention": ("hopper", "kernel", "reference"),
     "vision_product": ("hopper", "library"),
     "gate_up": ("hopper", "library"),
+    "qkv": ("hopper", "library"),
+    "prefix_out": ("hopper", "library"),
     "pdl": ("on", "off"),
 }
 
@@ -46,6 +48,10 @@ class StageTable:
     ``vision_product``: vision's products by ``hopper`` (kernels/hopper_product.py), where that pays, or the library.
     ``gate_up``: the prefix's gate and up with their GeGLU in one launch (``hopper``, kernels/gate_up_product.py; layers
     that it does not take by the library all the same), or by the library and a pass behind it.
+    ``qkv``: the prefix's queries, keys and values with their RoPE in one launch (``hopper``, kernels/qkv_product.py),
+    or by the library and ``rope_split`` behind it. ``prefix_out``: the product behind the prefix's attention by
+    ``hopper`` (kernels/hopper_product.py) or the library. Neither takes FP8 weights with several scales, which stay
+    with the library; neither is measured yet, so the library is the default.
 
     pdl: kernels may start before their predecessor ends (programmatic dependent launch).
     """
@@ -63,6 +69,8 @@ class StageTable:
     prefix_attention: Literal["hopper", "kernel", "reference"] = "hopper"
     vision_product: Literal["hopper", "library"] = "hopper"
     gate_up: Literal["hopper", "library"] = "hopper"
+    qkv: Literal["hopper", "library"] = "library"
+    prefix_out: Literal["hopper", "library"] = "library"
     expert: Literal["loop", "cluster", "fused", "split"] = "loop"
     pdl: bool = True
 
@@ -109,7 +117,8 @@ class StageTable:
 def plain_table() -> StageTable:
     """Everything in plain PyTorch around library GEMMs: what the kernels are compared with."""
     plain: dict[str, Any] = dict.fromkeys((*GLUE, "attention", "prefix_attention"), "reference")
-    return StageTable(**plain, vision_product="library", gate_up="library", expert="split", pdl=False)
+    library: dict[str, Any] = dict.fromkeys(("vision_product", "gate_up", "qkv", "prefix_out"), "library")
+    return StageTable(**plain, **library, expert="split", pdl=False)
 
 
 def parse_table(text: str) -> StageTable:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hybrid_policy.kernels.flow_step import Guide
 from hybrid_policy.kernels.gate_up_product import gate_up_reference
+from hybrid_policy.kernels.qkv_product import qkv_product_reference
 from hybrid_policy.models.checkpoint import open_checkpoint
 from hybrid_policy.runtime import device_model
 from hybrid_policy.runtime.backend import Guidance
@@ -118,6 +119,32 @@ def test_gate_and_up_in_one_launch(recipe, down, taken, tmp_path, monkeypatch):
     assert not calls
     result = run(model, inputs_of(model, inputs, noise))
     assert len(calls) == (len(model.weights.prefix) - 1 if taken else 0)
+    error = np.linalg.norm(result - expected) / np.linalg.norm(expected)
+    assert error < (1e-4 if recipe == "bf16" else 2e-2)  # other roundings of the activations
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8"])
+def test_q_k_v_in_one_launch_and_the_product_behind_attention(recipe, monkeypatch):
+    calls = []
+
+    def qkv(*args, pdl, **options):
+        calls.append("qkv")
+        qkv_product_reference(*args, **options)
+
+    def product(x, weight, scale, *, pdl):
+        calls.append("out")
+        return (x.double() @ weight.double().T * scale).float()
+
+    monkeypatch.setattr(device_model, "qkv_product", qkv)
+    monkeypatch.setattr(device_model, "hopper_product", product)
+    inputs, noise, _ = golden_case(0)
+    model = build(recipe)
+    expected = run(model, inputs_of(model, inputs, noise))
+    assert not calls
+    model.table = dataclasses.replace(model.table, qkv="hopper", prefix_out="hopper")
+    result = run(model, inputs_of(model, inputs, noise))
+    depth = len(model.weights.prefix)
+    assert (calls.count("qkv"), calls.count("out")) == (depth, depth - 1)  # the expert's stay with the library
     error = np.linalg.norm(result - expected) / np.linalg.norm(expected)
     assert error < (1e-4 if recipe == "bf16" else 2e-2)  # other roundings of the activations
 

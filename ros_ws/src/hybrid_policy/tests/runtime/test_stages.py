@@ -35,6 +35,19 @@ def test_reference_and_kernel_are_two_things(stage):
     assert dataclasses.replace(parse_table(""), pdl=False).glue(stage) is kernel
 
 
+def test_what_is_not_measured_is_not_the_default():
+    assert (parse_table("").qkv, parse_table("").prefix_out) == ("library", "library")
+    table = parse_table("qkv=hopper,prefix_out=hopper")
+    assert (table.qkv, table.prefix_out) == ("hopper", "hopper")
+    assert "qkv hopper, prefix_out hopper" in table.describe()
+
+
+def test_a_device_that_does_not_fit_takes_the_library(monkeypatch):
+    monkeypatch.setenv("HYBRID_POLICY_STAGES", "qkv=hopper,prefix_out=hopper")
+    table = choose(load_recipe("bf16"), RealTimeChunking("prefix"))
+    assert (table.qkv, table.prefix_out) == ("library", "library")
+
+
 def choose(recipe, rtc):
     precisions = recipe.assign(model_sites(PI05_FULL))
     return choose_table(rtc, recipe, PI05_FULL, precisions, CPU)
