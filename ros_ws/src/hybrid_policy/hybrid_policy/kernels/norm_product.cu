@@ -309,12 +309,12 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(CONS
     } else {
         Consumer c{a, b, row0, warp, lane};
         c.fetch_vectors();
+        cluster_wait();  // the others' barriers are there
         wait_for_predecessor();
         c.load_x();
         c.multiply_all();
         copies_done();
         named_barrier(5, CONSUMERS);  // the vectors are there
-        cluster_wait();               // and the others' barriers
         c.add_and_send();
         cluster_arrive();
         c.store_x();  // while the others' sums are on their way

@@ -140,8 +140,8 @@ def norm_product(
     named = {"x": (x, (m, n)), "bias": (bias, (n,)), "norm weight": (norm[0], (n,)), "norm shift": (norm[1], (n,))}
     for name, (tensor, shape) in named.items():
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            got = (tuple(tensor.shape), tensor.dtype)
-            raise InputError.at("norm_product", name, got, f"contiguous float32 {list(shape)}")
+            given = (tuple(tensor.shape), tensor.dtype)
+            raise InputError.at("norm_product", name, given, f"contiguous float32 {list(shape)}")
         if tensor.data_ptr() % 16:
             raise InputError.at("norm_product", name, f"address {tensor.data_ptr():#x}", "a multiple of 16")
     if dtype not in _TYPES:

@@ -12,7 +12,14 @@ from torch import nn
 
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import expert as expert_kernels
-from hybrid_policy.kernels import expert_loop, gate_up_product, hopper_product, prefix_attention, vision_attention
+from hybrid_policy.kernels import (
+    expert_loop,
+    gate_up_product,
+    hopper_product,
+    norm_product,
+    prefix_attention,
+    vision_attention,
+)
 from hybrid_policy.models.checkpoint import Checkpoint
 from hybrid_policy.models.config import Pi05Config
 from hybrid_policy.models.pi05 import EXPERT, keeps_float32
@@ -203,6 +210,9 @@ def choose_table(
         table = dataclasses.replace(table, vision_attention="reference")
     if not all(hopper_product.fits(capability, n, k) for n, k in vision_shapes(config)):
         table = dataclasses.replace(table, vision_product="library")
+    _, out, _, fc2 = vision_shapes(config)
+    if table.vision_product != "hopper" or not all(norm_product.fits(capability, n, k) for n, k in (out, fc2)):
+        table = dataclasses.replace(table, vision_norm="apart")
     if not gate_up_product.fits(capability, prefix.mlp_dim, prefix.width):
         table = dataclasses.replace(table, gate_up="library")
     if rtc.mode == "prefix":
