@@ -141,7 +141,7 @@ def main() -> int:
                     guarded(apart, case, own)
                 for plan in dict.fromkeys([chosen, *PLANS]):
                     guarded(together, case, plan, plan == chosen)
-                guarded(apart, case, True)  # noqa: FBT003 (a clock that has moved shows)
+                guarded(apart, case, True)
     if args.out and ROWS:
         args.out.mkdir(parents=True, exist_ok=True)
         about = {
