@@ -25,8 +25,8 @@ from torch import Tensor
 
 WIDTH = 1152
 PLANS = (
-    NormPlan(64, False), NormPlan(64, True), NormPlan(128, False), NormPlan(128, True), NormPlan(64, False, 4),
-    NormPlan(64, True, 4),
+    *(NormPlan(64, spread, 8, halves) for halves in (1, 2) for spread in (False, True)),
+    NormPlan(64, False, 4, 2), NormPlan(64, True, 4, 1), NormPlan(128, True),
 )  # fmt: skip
 
 
@@ -110,7 +110,8 @@ def together(case: Case, plan: NormPlan, chosen: bool) -> None:
     error, of_x = relative(results[0].float(), expected), relative(streams[0], total)
     same = all(torch.equal(r.view(torch.uint8), results[0].view(torch.uint8)) for r in results)
     same = same and all(torch.equal(stream, streams[0]) for stream in streams)
-    text = f"in one, {plan.rows} rows{', spread' if plan.spread else ''}, {plan.stages} stages{'*' if chosen else ''}"
+    text = f"in one, {plan.rows} rows, {plan.halves} halves, {plan.stages} stages{', spread' if plan.spread else ''}"
+    text += "*" if chosen else ""
     if not (error < 5e-2 and of_x < 5e-3 and same):
         bad = (results[0].double() - expected).norm(dim=1) > 0.1 * expected.norm(dim=1)
         print(

@@ -284,13 +284,14 @@ def normed() -> Outputs:
     for dtype in (torch.bfloat16, torch.float8_e4m3fn):
         for m, k in ((70, 5 * 128 // dtype.itemsize + 16), (150, 64)):
             a, w, bias = normal(m, k).to(dtype), normal(n, k).to(dtype), normal(n)
-            for plan in (norm_product.NormPlan(r, s, 3) for r in (64, 128) for s in (False, True)):
+            sizes = ((64, 1), (64, 2), (128, 1))
+            for plan in (norm_product.NormPlan(r, s, 3, h) for r, h in sizes for s in (False, True)):
                 for kind in (torch.bfloat16, torch.float8_e4m3fn):
                     x = normal(m, n)
                     h = norm_product.norm_product(
                         a, w, 1.0, x, (normal(n), bias), bias, kind, pdl=plan.spread, plan=plan
                     )
-                    name = f"{dtype}, {m} x {k}, {plan.rows} rows, spread {plan.spread}, {kind}"
+                    name = f"{dtype}, {m} x {k}, {plan.rows} rows, {plan.halves}, spread {plan.spread}, {kind}"
                     outs |= {name: h, f"{name}, x": x}
     return outs
 

@@ -2,27 +2,27 @@
 // behind it in one launch. bf16 or E4M3 in, x in float32, h in bf16 or E4M3.
 //
 // The eight blocks of a cluster have a tile of ROWS rows, an eighth of the columns (NT) each. One warp starts the
-// copies (a ring of STAGES, 128 bytes of K each); two warpgroups multiply, each 64 rows and all columns (ROWS 128) or
-// all rows and half the columns (ROWS 64). What they keep stays in registers from the first product to h: x's values
-// are fetched while the products run, and every strip of 16 rows in every warpgroup (a part of the row) sends the sum
-// and the centred squares of its columns to all eight blocks, whose barriers count the bytes. Centred squares join
-// exactly: those of a row are the parts' own and what the parts' means are apart (Chan, Golub and LeVeque, 1979).
+// copies (a ring of STAGES, 128 bytes of K each); a warpgroup multiplies 64 rows and the block's columns, or (HALVES 2)
+// half of them: then shared memory gives the rows twice, and behind the products a thread has half as much to do. What
+// threads keep stays in registers from the first product to h: x's values are fetched while the products run, and every
+// warp (16 rows, a part of their columns) sends the sum and the centred squares of its part to all eight blocks, whose
+// barriers count the bytes. Centred squares join exactly: those of a row are the parts' own and what the parts' means
+// are apart (Chan, Golub and LeVeque, 1979).
 //
 // With SPREAD every block fetches an eighth of a's tile for all eight, instead of all of it for itself.
 //
 // Nobody frees a stage that will not be filled again, and all that is sent is waited for, so nothing can come to a block
 // that has ended; the clusters' last meeting says so once more.
 //
-// Macros: SIZE (bytes of an element of a and W), NT, ROWS (64, 128), STAGES, SPREAD, EIGHT (h is E4M3, not bf16), PDL,
-// SPIN_LIMIT, SHARED (bytes of a block). wgmma_common.cu comes first, and before it ``product`` for SIZE and the columns
-// of a warpgroup (norm_product.py).
+// Macros: SIZE (bytes of an element of a and W), NT, ROWS (64, 128), HALVES (1; with 64 rows also 2), STAGES, SPREAD,
+// EIGHT (h is E4M3, not bf16), PDL, SPIN_LIMIT, SHARED (bytes of a block). wgmma_common.cu comes first, and before it
+// ``product`` for SIZE and the columns of a warpgroup (norm_product.py).
 
 constexpr int BLOCKS = 8;                        // of a cluster
-constexpr int CONSUMERS = 256;
-constexpr int HALVES = 128 / ROWS;               // warpgroups that share a row
+constexpr int CONSUMERS = 2 * ROWS * HALVES;
 constexpr int WIDTH = NT / HALVES;               // columns of a warpgroup
 constexpr int PARTS = BLOCKS * HALVES;           // of a row
-constexpr int STRIPS = ROWS / 16;                // a warp each, or one warp of both warpgroups
+constexpr int STRIPS = ROWS / 16;                // a warp each, or a warp of each half
 constexpr int A_BYTES = ROWS * 128;
 constexpr int STAGE_BYTES = A_BYTES + NT * 128;
 constexpr int OUT = EIGHT ? 1 : 2;               // bytes of a value of h
@@ -34,7 +34,7 @@ constexpr int AT_NUMBERS = AT_OUT + ROWS * OUT_STRIDE;
 constexpr int AT_VECTORS = AT_NUMBERS + PARTS * PART_STRIDE;
 constexpr int AT_BARRIERS = AT_VECTORS + 3 * NT * 4;
 static_assert(AT_BARRIERS + 8 * (2 * STAGES + STRIPS) <= SHARED, "shared memory");
-static_assert((ROWS == 64 || ROWS == 128) && WIDTH % 8 == 0 && NT % 16 == 0 && NT <= 256 && STAGES > 1, "tile");
+static_assert((ROWS == 64 || ROWS == 128) && ROWS * HALVES <= 128 && WIDTH % 8 == 0 && NT % 16 == 0 && NT <= 256 && STAGES > 1, "tile");
 
 struct alignas(64) Arguments {
     u8 a[128];             // tensor maps: boxes of ROWS (SPREAD: ROWS / 8) and of NT rows
@@ -166,7 +166,7 @@ struct Consumer {
     __device__ __forceinline__ void multiply_all() {
 #pragma unroll
         for (int i = 0; i < WIDTH / 2; i++) sum[i] = 0.0f;
-        const u32 group = warp / 4, down = HALVES == 1 ? group * (64 * 128) : 0, across = HALVES == 2 ? group * (WIDTH * 128) : 0;
+        const u32 down = strip() / 4 * (64 * 128), across = half() * (WIDTH * 128);
         for (int i = 0; i < a.chunks; i++) {
             const u32 stage = i % STAGES;
             await(b.full(stage), (i / STAGES) & 1);

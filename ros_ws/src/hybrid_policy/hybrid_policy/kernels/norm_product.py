@@ -16,7 +16,6 @@ from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
 from hybrid_policy.kernels.tensor_map import tensor_map
 
 SOURCES = kernel_sources("wgmma_common", "norm_product")
-THREADS = 288
 #: blocks of a cluster: each has an eighth of a row; clusters of one block a multiprocessor that an H100 holds at once
 CLUSTER = 8
 CLUSTERS = 15
@@ -35,20 +34,27 @@ class NormPlan:
         rows: of a tile, 64 or 128.
         spread: whether a cluster's blocks fetch an eighth of the rows' tile each for all of them (TMA multicast).
         stages: of 128 bytes of K in flight, at most; fewer where there is no room.
+        halves: warpgroups that share a row, 1, or with 64 rows also 2.
     """
 
     rows: int
     spread: bool
     stages: int = 8
+    halves: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Of a block: a warpgroup for 64 rows and a half, and a warp that copies."""
+        return 2 * self.rows * self.halves + 32
 
     def columns(self, n: int) -> int:
-        """Of a warpgroup: a block's, or half of them where two share the rows."""
-        return n // CLUSTER * self.rows // 128
+        """Of a warpgroup."""
+        return n // CLUSTER // self.halves
 
     def shared(self, n: int, stages: int, out_size: int) -> int:
         """Bytes of shared memory of a block with so many stages, as norm_product.cu lays them out."""
         nt = n // CLUSTER
-        parts = CLUSTER * 128 // self.rows
+        parts = CLUSTER * self.halves
         out_stride = (nt * out_size // 16 | 1) * 16
         numbers = parts * (self.rows // 2 * 16 + 32)
         barriers = 8 * (2 * stages + self.rows // 16)
@@ -60,17 +66,23 @@ class NormPlan:
 
     def macros(self, n: int, size: int, out_size: int, *, pdl: bool) -> dict[str, int]:
         """Of the source: for N columns, operands of ``size`` bytes and h of ``out_size``."""
+        stages = self.depth(n, out_size)
         return {
-            "SIZE": size, "NT": n // CLUSTER, "ROWS": self.rows, "STAGES": self.depth(n, out_size),
-            "SPREAD": int(self.spread), "EIGHT": int(out_size == 1), "PDL": int(pdl), "SHARED": SHARED,
+            "SIZE": size, "NT": n // CLUSTER, "ROWS": self.rows, "HALVES": self.halves, "STAGES": stages,
+            "SPREAD": int(self.spread), "EIGHT": int(out_size == 1), "PDL": int(pdl),
+            "SHARED": self.shared(n, stages, out_size),
         }  # fmt: skip
 
 
 def plan_norm(m: int, k_bytes: int, processors: int = 132) -> NormPlan:
-    """The launch for M rows: tiles of 64 rows, or of 128 where the device does not hold the clusters of the former at
-    once; the rows' tile spread over the cluster where K is long and the L2's rate counts. Calculated, not measured."""
-    tiles = math.ceil(m / 64)
-    return NormPlan(64 if tiles <= CLUSTERS * processors // 132 else 128, spread=k_bytes > 2304)
+    """The launch for M rows: calculated, not measured.
+
+    Tiles of 64 rows, or of 128 where the device does not hold the clusters of the former at once. Where K is long the
+    rate of L2 and of shared memory counts: the rows' tile spread over the cluster, and read by one warpgroup. Where it
+    is short, what comes behind the products does: two warpgroups.
+    """
+    rows, long = 64 if math.ceil(m / 64) <= CLUSTERS * processors // 132 else 128, k_bytes > 2304
+    return NormPlan(rows, spread=long, halves=1 if long or rows == 128 else 2)
 
 
 def product_source(plan: NormPlan, n: int, size: int) -> str:
@@ -97,9 +109,10 @@ def fits(capability: tuple[int, int], n: int, k: int) -> bool:
 
 @functools.cache
 def _kernel(plan: NormPlan, n: int, size: int, out_size: int, pdl: bool, spin_limit: int, device: int) -> Kernel:
+    macros = plan.macros(n, size, out_size, pdl=pdl)
     return Kernel(
-        SOURCES, "norm_product", plan.macros(n, size, out_size, pdl=pdl) | {"SPIN_LIMIT": spin_limit}, threads=THREADS,
-        shared=SHARED, pdl=pdl, specific=True, prelude=product_source(plan, n, size),
+        SOURCES, "norm_product", macros | {"SPIN_LIMIT": spin_limit}, threads=plan.threads, shared=macros["SHARED"],
+        pdl=pdl, specific=True, prelude=product_source(plan, n, size),
     )  # fmt: skip
 
 

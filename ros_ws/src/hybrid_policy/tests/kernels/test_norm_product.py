@@ -15,7 +15,11 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 hopper = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")]
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 WIDTH = 1152
-PLANS = [NormPlan(rows, spread, stages) for rows in (64, 128) for spread in (False, True) for stages in (3, 8)]
+PLANS = [
+    NormPlan(rows, spread, stages, halves)
+    for rows, halves in ((64, 1), (64, 2), (128, 1))
+    for spread, stages in ((False, 3), (True, 3), (True, 8))
+]
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +48,7 @@ def test_plans_fit_a_block(plan, n, out_size):
     assert plan.shared(n, stages, out_size) <= norm_product.SHARED
     assert plan.shared(n, stages, out_size) % 8 == 0
     assert plan.columns(n) % 8 == 0
+    assert plan.threads in (160, 288)
 
 
 def test_what_fits():
@@ -94,6 +99,7 @@ def test_inputs_of_other_shapes_are_refused():
         (plan_norm(512, 4352), WIDTH, 1, 2),
         (plan_norm(512, 2 * WIDTH), WIDTH, 2, 2),
         (NormPlan(128, True), WIDTH, 2, 2),
+        (NormPlan(64, False, halves=2), WIDTH, 1, 1),
         (NormPlan(128, False), 128, 1, 1),
     ],
 )
