@@ -2,6 +2,9 @@
 
 import os
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +114,57 @@ def test_machine_code(tmp_path, plan, n, size, out_size, spin_limit):
     assert len(re.findall(r"STAS\.128", code)) == 2  # a row pair to eight blocks: two stores for each of four lanes
     assert code.count("UTMALDG.2D.MULTICAST") == (2 if plan.spread else 0)
     assert not re.search(r"MEMBAR\.(SC|ALL)\.(GPU|SYS)", code)  # nothing waits for its stores
+
+
+# ---- the protocol, on a CPU --------------------------------------------------------------------------------
+
+
+def emulated(folder, plan, n, size, out_size):
+    """norm_product.cu as a program of this machine, its asm in emulated_cluster.h's words."""
+    source = norm_product.SOURCES[-1].read_text()
+    for name in ("void cluster_arrive()", "void cluster_wait()", "void load2(", "float2 shared2(", "float4 shared4("):
+        source = re.sub(
+            r"__device__[^\n]*" + re.escape(name) + r"(?:[^\n]*\}\n|.*?\n\}\n)", "", source, count=1, flags=re.S
+        )
+    stores = r'asm volatile\("st\.shared\.u(\d+) \[%0\], %1;" ::"r"\(at\), "[hr]"\((.*?\))\) : "memory"\);'
+    source = re.sub(stores, lambda found: f"store_shared(at, {found[2]}, {int(found[1]) // 8});", source)
+    source = source.replace("extern __shared__ __align__(1024) u8 memory[];", "u8* memory = nullptr;")
+    assert "asm" not in source
+    (folder / "kernel.inc").write_text(source)
+    macros = [f"-D{key}={value}" for key, value in plan.macros(n, size, out_size, pdl=True).items()]
+    here, program = Path(__file__).parent, folder / "emulated"
+    command = [
+        "g++",
+        "-O1",
+        "-std=c++17",
+        "-w",
+        *macros,
+        f"-I{folder}",
+        "-o",
+        program,
+        here / "emulated_norm_product.cpp",
+    ]
+    subprocess.run(command, check=True)
+    return program
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize(
+    ("plan", "size", "out_size", "m", "k"),
+    [
+        (NormPlan(64, False, 3, 1), 1, 1, 70, 656),
+        (NormPlan(64, True, 3, 1), 2, 1, 70, 336),
+        (NormPlan(64, False, 3, 2), 2, 2, 37, 336),
+        (NormPlan(64, True, 3, 2), 1, 2, 37, 656),
+        (NormPlan(128, True, 3, 1), 1, 1, 130, 144),
+        (NormPlan(128, False, 8, 1), 2, 2, 20, 16),
+    ],
+)
+def test_threads_in_any_order_agree_with_double(tmp_path, plan, size, out_size, m, k):
+    program = emulated(tmp_path, plan, 128, size, out_size)
+    for seed in range(3):
+        done = subprocess.run([program, str(m), str(k), str(seed)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---- results -----------------------------------------------------------------------------------------------
