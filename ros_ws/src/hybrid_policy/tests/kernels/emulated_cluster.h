@@ -1,7 +1,8 @@
 // Threads, shared memory, barriers and copies of clusters of eight blocks on a CPU: what norm_product.cu calls, in place
-// of wgmma_common.cu. Every thread is a coroutine, run in random order; copies, remote arrivals and st.async happen at
-// some later time, products when they are waited for. A wait that nobody ends, a barrier with too many arrivals, an
-// address outside the block's memory and anything sent to a block that has ended are reported and end the process.
+// of wgmma_common.cu. Every thread is a coroutine, run in random order, now and then a block not at all; copies, remote
+// arrivals and st.async happen at some later time, products when they are waited for. A wait that nobody ends, a barrier
+// with too many arrivals, an address outside the block's memory and anything sent to a block that has ended are reported
+// and end the process.
 #pragma once
 #include <ucontext.h>
 
@@ -43,7 +44,7 @@ struct Thread {
     bool done = false;
     std::function<bool()> ready;
     std::vector<std::vector<Later>> groups;  // of products under way
-    std::vector<Later> open;
+    std::vector<Later> open, copies;
 };
 struct Barrier {
     long count = 0, pending = 0, bytes = 0;
@@ -162,8 +163,13 @@ inline void send4(u32 to, u32 bar, float a, float b, float c, float d) {
         change(cluster, bar, 0, -16);
     });
 }
-inline void copy16(u32 to, const void* from) { memcpy(byte_at(current->cluster, to, 16), from, 16); }
-inline void copies_done() {}
+inline void copy16(u32 to, const void* from) {
+    const u32 cluster = current->cluster;
+    current->copies.push_back([=] { memcpy(byte_at(cluster, to, 16), from, 16); });
+}
+inline void copies_done() {
+    for (Later& copy : current->copies) copy();
+}
 inline float2 shared2(u32 at) { return *(float2*)byte_at(current->cluster, at, 8); }
 inline float4 shared4(u32 at) { return *(float4*)byte_at(current->cluster, at, 16); }
 inline void store_shared(u32 at, u32 value, u32 bytes) { memcpy(byte_at(current->cluster, at, bytes), &value, bytes); }
@@ -269,12 +275,16 @@ inline void run_clusters(u32 count, void (*entry)()) {
         makecontext(&t.context, entry, 0);
         order.push_back(&t);
     }
+    u32 still = 0, rounds = 0;  // a block that does nothing for so many rounds
     while (!order.empty()) {
+        if (rounds == 0) still = chance() % blocks, rounds = chance() % 200;
+        else rounds--;
         std::shuffle(order.begin(), order.end(), chance);
         const bool late = chance() % 2;  // nothing under way ends while a thread can go on
         bool moved = false;
         for (Thread* t : order) {
             current = t;
+            if (rounds && t->block.x == still) continue;
             if (!t->ready || t->ready()) {
                 t->ready = nullptr, moved = true;
                 swapcontext(&scheduler, &t->context);
@@ -283,6 +293,10 @@ inline void run_clusters(u32 count, void (*entry)()) {
             if (!late && !under_way.empty() && chance() % 4 == 0) moved = true, something_happens();
         }
         order.erase(std::remove_if(order.begin(), order.end(), [](Thread* t) { return t->done; }), order.end());
+        if (!moved && rounds) {
+            rounds = 0;
+            continue;
+        }
         if (!moved && under_way.empty() && !order.empty()) current = order[0], fail("waits for ever");
         while (!moved && !under_way.empty()) {
             something_happens();

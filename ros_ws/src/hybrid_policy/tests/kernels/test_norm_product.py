@@ -138,6 +138,7 @@ def emulated(folder, plan, n, size, out_size):
         "-O1",
         "-std=c++17",
         "-w",
+        "-Wno-psabi",
         *macros,
         f"-I{folder}",
         "-o",
