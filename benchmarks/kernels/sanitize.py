@@ -33,6 +33,7 @@ from hybrid_policy.kernels import (
     fp8,
     gate_up_product,
     hopper_product,
+    norm_product,
     nvfp4,
     prefix_attention,
     qkv,
@@ -276,6 +277,26 @@ def product() -> Outputs:
     return outs
 
 
+def normed() -> Outputs:
+    """norm_product: both formats in and out, both tiles, each block's own copies and shared ones; rings that turn over
+    and one stage; ragged rows."""
+    outs: Outputs = {}
+    n = 256
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        for m, k in ((70, 5 * 128 // dtype.itemsize + 16), (150, 64)):
+            a, w, bias = normal(m, k).to(dtype), normal(n, k).to(dtype), normal(n)
+            sizes = ((64, 1), (64, 2), (128, 1))
+            for plan in (norm_product.NormPlan(r, s, 3, h) for r, h in sizes for s in (False, True)):
+                for kind in (torch.bfloat16, torch.float8_e4m3fn):
+                    x = normal(m, n)
+                    h = norm_product.norm_product(
+                        a, w, 1.0, x, (normal(n), bias), bias, kind, pdl=plan.spread, plan=plan
+                    )
+                    name = f"{dtype}, {m} x {k}, {plan.rows} rows, {plan.halves}, spread {plan.spread}, {kind}"
+                    outs |= {name: h, f"{name}, x": x}
+    return outs
+
+
 def gated() -> Outputs:
     """gate_up_product: both formats, rings that turn over, one piece of staging and two, ragged tokens and features."""
     outs: Outputs = {}
@@ -316,7 +337,7 @@ def projected() -> Outputs:
 
 GROUPS: dict[str, Callable[[], Outputs]] = {
     "gate_up": gate_up, "down": down, "stream": stream, "rows": rows, "expert": expert_layer, "loop": loop,
-    "flow": flow, "gated": gated, "vision": vision, "prefix_attention": prefix, "product": product,
+    "flow": flow, "gated": gated, "normed": normed, "vision": vision, "prefix_attention": prefix, "product": product,
     "projected": projected,
 }  # fmt: skip
 #: Kernels that have their own GPU tests, sanitised through these.

@@ -44,12 +44,6 @@ struct __align__(64) Arguments {
     float scale;             // of the product
 };
 
-// Until the barrier's phase has passed. With SPIN_LIMIT (tests) it gives up, and results are wrong.
-__device__ __forceinline__ void await(u32 bar, u32 parity) {
-    for (u32 polls = 0; !passed(bar, parity); polls++)
-        if (SPIN_LIMIT && polls > SPIN_LIMIT) break;
-}
-
 // The box of eights ``eight`` to ``eight`` + 3 of both halves of a head; to this offset in every block of ``blocks``.
 __device__ __forceinline__ void copy_w(u32 to, const void* map, int column, int eight, int head, u32 bar) {
     asm volatile(

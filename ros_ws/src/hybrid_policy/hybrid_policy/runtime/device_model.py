@@ -19,6 +19,7 @@ from hybrid_policy.kernels.flow_step import Guide
 from hybrid_policy.kernels.gate_up import NormPrologue, PackedGateUp
 from hybrid_policy.kernels.gate_up_product import gate_up_product
 from hybrid_policy.kernels.hopper_product import hopper_product, pays
+from hybrid_policy.kernels.norm_product import norm_product
 from hybrid_policy.kernels.prefix_attention import PrefixAttention
 from hybrid_policy.kernels.prefix_inputs import padded_patch
 from hybrid_policy.kernels.qkv import rope_tables
@@ -100,17 +101,32 @@ class DeviceModel:
         """Images to prefix features of all views."""
         w, x, config = self.weights, self.vision_x, self.config.vision
         self._glue["cut_patches"](inputs.images, self.patches, x, w.patch_bias, config.patch)
-        bias: Tensor | None = None
-        addend = F.linear(self.patches, w.patch)
-        for layer in w.vision:
-            h = self._layer_normed(layer.norm1, layer.qkv.input_dtype, addend, bias)
+        first, norms = w.vision[0], self.table.vision_norm
+        h = self._layer_normed(first.norm1, first.qkv.input_dtype, F.linear(self.patches, w.patch), None)
+        for i, layer in enumerate(w.vision):
             qkv = self._vision_product(layer.qkv, h)
             seen = self._glue["vision_attention"](qkv, config.heads, self.config.image_tokens, layer.seen_scale)
-            addend, bias = self._vision_product(layer.out, seen), layer.out_bias
-            h = self._layer_normed(layer.norm2, layer.fc1.input_dtype, addend, bias)
+            h = self._added(layer.out, seen, layer.out_bias, layer.norm2, layer.fc1.input_dtype, norms != "apart")
             act = self._vision_product(layer.fc1, h, gelu=True, out_scale=layer.fc2.input_scale)
-            addend, bias = self._vision_product(layer.fc2, act), layer.fc2_bias
-        w.projector(self._layer_normed(w.post_norm, w.dtype, addend, bias), out=self.features)
+            after = w.vision[i + 1] if i + 1 < len(w.vision) else None
+            norm, dtype = (w.post_norm, w.dtype) if after is None else (after.norm1, after.qkv.input_dtype)
+            h = self._added(layer.fc2, act, layer.fc2_bias, norm, dtype, norms == "product")
+        w.projector(h, out=self.features)
+
+    def _added(
+        self,
+        product: Projection,
+        x: Tensor,
+        bias: Tensor,
+        norm: tuple[Tensor, Tensor],
+        dtype: torch.dtype,
+        together: bool,
+    ) -> Tensor:
+        """vision_x += product(x) + bias, then its norm; in one launch (``together``) where the weight is whole."""
+        whole = product.whole()
+        if together and whole is not None:
+            return norm_product(x, *whole, self.vision_x, norm, bias, dtype, pdl=self.table.pdl)
+        return self._layer_normed(norm, dtype, self._vision_product(product, x), bias)
 
     def _vision_product(
         self, product: Projection, x: Tensor, *, gelu: bool = False, out_scale: float | None = None

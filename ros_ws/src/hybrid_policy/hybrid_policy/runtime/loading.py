@@ -16,6 +16,7 @@ from hybrid_policy.kernels import (
     expert_loop,
     gate_up_product,
     hopper_product,
+    norm_product,
     prefix_attention,
     qkv_product,
     vision_attention,
@@ -211,6 +212,9 @@ def choose_table(
         table = dataclasses.replace(table, vision_attention="reference")
     if not all(hopper_product.fits(capability, n, k) for n, k in vision_shapes(config)):
         table = dataclasses.replace(table, vision_product="library")
+    _, out, _, fc2 = vision_shapes(config)
+    if table.vision_product != "hopper" or not all(norm_product.fits(capability, n, k) for n, k in (out, fc2)):
+        table = dataclasses.replace(table, vision_norm="apart")
     if not gate_up_product.fits(capability, prefix.mlp_dim, prefix.width):
         table = dataclasses.replace(table, gate_up="library")
     heads_of_prefix = prefix.heads, prefix.kv_heads, prefix.head_dim

@@ -26,12 +26,13 @@ GLUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "rope_split": (qkv.rope_split_reference, qkv.rope_split),
     "flow_step": (flow_step.flow_step_reference, flow_step.flow_step),
 }
-STAGES = (*GLUE, "attention", "prefix_attention", "vision_product", "gate_up", "qkv", "prefix_out", "expert")
+STAGES = (*GLUE, "attention", "prefix_attention", "vision_product", "vision_norm", "gate_up", "qkv", "expert")
 #: what the stages that are no glue may be
 _CHOICES = {
     "expert": ("loop", "cluster", "fused", "split"),
     "prefix_attention": ("hopper", "kernel", "reference"),
     "vision_product": ("hopper", "library"),
+    "vision_norm": ("product", "out", "apart"),
     "gate_up": ("hopper", "library"),
     "qkv": ("hopper", "library"),
     "prefix_out": ("hopper", "library"),
@@ -46,6 +47,8 @@ class StageTable:
     ``expert`` is ``loop`` (kernels/expert_loop.py), ``cluster`` (kernels/expert.py), ``fused`` (Triton) or ``split``
     (norm, GEMM, glue). ``prefix_attention`` is ``hopper`` (kernels/prefix_attention.py), or as ``attention``.
     ``vision_product``: vision's products by ``hopper`` (kernels/hopper_product.py), where that pays, or the library.
+    ``vision_norm``: vision's residual and norm in the launch of the ``product`` before them (kernels/norm_product.py),
+    of ``out`` alone and not of fc2, or ``apart`` in launches of their own. Apart until the others have been measured.
     ``gate_up``: the prefix's gate and up with their GeGLU in one launch (``hopper``, kernels/gate_up_product.py; layers
     that it does not take by the library all the same), or by the library and a pass behind it.
     ``qkv``: the prefix's queries, keys and values with their RoPE in one launch (``hopper``, kernels/qkv_product.py),
@@ -68,6 +71,7 @@ class StageTable:
     attention: Implementation = "kernel"
     prefix_attention: Literal["hopper", "kernel", "reference"] = "hopper"
     vision_product: Literal["hopper", "library"] = "hopper"
+    vision_norm: Literal["product", "out", "apart"] = "apart"
     gate_up: Literal["hopper", "library"] = "hopper"
     qkv: Literal["hopper", "library"] = "library"
     prefix_out: Literal["hopper", "library"] = "library"

@@ -19,10 +19,11 @@ def test_tables_by_text():
     table = parse_table("expert=fused,add_norm=reference,pdl=off")
     assert (table.expert, table.add_norm, table.pdl) == ("fused", "reference", False)
     assert "expert fused" in table.describe()
+    assert (table.vision_norm, parse_table("vision_norm=out").vision_norm) == ("apart", "out")
     assert "no pdl" in table.describe()
 
 
-@pytest.mark.parametrize("text", ["expert=quick", "nothing=kernel", "pdl=kernel", "expert"])
+@pytest.mark.parametrize("text", ["expert=quick", "nothing=kernel", "pdl=kernel", "expert", "vision_norm=library"])
 def test_unknown_stages_are_named(text):
     with pytest.raises(InputError, match="stages"):
         parse_table(text)
@@ -59,6 +60,11 @@ def test_the_table_follows_from_recipe_and_mode():
     off = RealTimeChunking("off")
     assert choose(dataclasses.replace(bf16, prefix_cache="fp8"), off).expert == "fused"
     assert choose(load_recipe("w4a4"), off).expert == "fused"
+
+
+def test_norms_are_apart_where_no_kernel_joins_them(monkeypatch):
+    monkeypatch.setenv("HYBRID_POLICY_STAGES", "vision_norm=product")
+    assert choose(load_recipe("bf16"), RealTimeChunking("prefix")).vision_norm == "apart"
 
 
 def test_outer_dimensions_that_fp8_does_not_take():
