@@ -8,12 +8,11 @@
 // same four dims of each 32nd token from then to its last store.
 //
 // As in hopper_product.cu: one tile a block, a ring of STAGES (128 bytes of K each), the first tiles of W on their way
-// before the kernel in front has ended, one warp that copies and two warpgroups that multiply. CT x CF blocks of a
-// cluster, token tiles by feature tiles, read each tile once: those of a feature tile fetch a part of W each for all of
-// them, and those of a token tile a part of x.
+// before the kernel in front has ended, one warp that copies and two warpgroups that multiply. Blocks do not share their
+// tiles: clusters that read each once were slower.
 //
-// Macros: SIZE (bytes of an element of x and W), NT, STAGES, CT, CF, CACHE8 (the caches are E4M3, not bf16), PDL,
-// SPIN_LIMIT. wgmma_common.cu comes first, and before it ``product`` for SIZE and NT (hopper_product.py).
+// Macros: SIZE (bytes of an element of x and W), NT, STAGES, CACHE8 (the caches are E4M3, not bf16), PDL, SPIN_LIMIT.
+// wgmma_common.cu comes first, and before it ``product`` for SIZE and NT (hopper_product.py).
 
 constexpr int CONSUMERS = 256;
 constexpr int HEAD_DIM = 256, HALF = 128;
@@ -21,16 +20,14 @@ constexpr int DIMS = 32;              // of a head's first half, in a block
 constexpr int KE = 128 / SIZE;        // values of K a stage, four products
 constexpr int W_PART = 8192;          // of a warpgroup: 64 rows
 constexpr int W_BYTES = 2 * W_PART, X_BYTES = NT * 128, STAGE_BYTES = W_BYTES + X_BYTES;
-constexpr int BLOCKS = CT * CF;
-constexpr int READERS = CT + CF - 1;  // blocks that a block's copies go to, and that its own tiles come from
 constexpr int STRIDE = 4 * DIMS + 4;  // floats of a token: head, half, dim; no two lanes of a store in one bank
 constexpr int STEP = CONSUMERS / 8;   // tokens that 256 threads take at once, four dims each
 constexpr int TURNS = (NT + STEP - 1) / STEP;
-static_assert(NT % 8 == 0 && NT <= 256 && NT % CF == 0 && (CT == 1 || CT == 2), "tile");
+static_assert(NT % 8 == 0 && NT <= 256, "tile");
 static_assert(TURNS * STEP * STRIDE * 4 <= STAGES * STAGE_BYTES, "the sums take the ring's place");
 
 struct __align__(64) Arguments {
-    u8 x[128];               // tensor map: boxes of NT / CF rows
+    u8 x[128];               // tensor map: boxes of NT rows
     u8 w[128];               // tensor map (K, 8, 2, 16, heads): boxes of 64 rows of one head
     const float* row_scale;  // [rows] or none: of x
     const float* cosines;    // [capacity, 128]
@@ -44,23 +41,16 @@ struct __align__(64) Arguments {
     float scale;             // of the product
 };
 
-// The box of eights ``eight`` to ``eight`` + 3 of both halves of a head; to this offset in every block of ``blocks``.
+// The box of eights ``eight`` to ``eight`` + 3 of both halves of a head.
 __device__ __forceinline__ void copy_w(u32 to, const void* map, int column, int eight, int head, u32 bar) {
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, 0, 0, %3, %4}], [%5];"
         ::"r"(to), "l"(map), "r"(column), "r"(eight), "r"(head), "r"(bar) : "memory");
 }
-__device__ __forceinline__ void copy_w_to(u32 to, const void* map, int column, int eight, int head, u32 bar, u16 blocks) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%2, 0, 0, %3, %4}], [%5], %6;"
-        ::"r"(to), "l"(map), "r"(column), "r"(eight), "r"(head), "r"(bar), "h"(blocks) : "memory");
-}
 
-// What a block computes, and its place in the cluster: rank = ct + CT * cf.
+// What a block computes.
 struct Block {
     u32 memory, full, empty;
-    int ct, cf;
     int row0;   // first token
     int head0;  // of two
     int dim0;   // of 32, in a half
@@ -70,23 +60,11 @@ struct Block {
 
     __device__ __forceinline__ void fetch_w(const Arguments& a, int stage, int chunk) const {
         const u32 bar = full + 8 * stage;
-        if (CT == 1) {
 #pragma unroll
-            for (int g = 0; g < 2; g++) copy_w(w(stage) + g * W_PART, a.w, chunk * KE, dim0 / 8, head0 + g, bar);
-        } else {  // a head each, for the blocks of this feature tile
-            copy_w_to(w(stage) + ct * W_PART, a.w, chunk * KE, dim0 / 8, head0 + ct, bar, (u16)(3 << 2 * cf));
-        }
+        for (int g = 0; g < 2; g++) copy_w(w(stage) + g * W_PART, a.w, chunk * KE, dim0 / 8, head0 + g, bar);
     }
-    // A part of x may begin within the eight rows of the swizzle's pattern, which goes by the address in shared memory.
     __device__ __forceinline__ void fetch_x(const Arguments& a, int stage, int chunk) const {
-        constexpr int ROWS = NT / CF;
-        const u32 to = x(stage) + cf * (ROWS * 128), bar = full + 8 * stage;
-        if (CF == 1) {
-            copy_box(to, a.x, chunk * KE, row0, bar);
-        } else {  // for the blocks of this token tile: every CT-th
-            constexpr u32 ALL = CF == 2 ? 1 | 1 << CT : 1 | 1 << CT | 1 << 2 * CT | 1 << 3 * CT;
-            copy_box_to(to, a.x, chunk * KE, row0 + cf * ROWS, bar, (u16)(ALL << ct));
-        }
+        copy_box(x(stage), a.x, chunk * KE, row0, full + 8 * stage);
     }
 };
 
@@ -175,20 +153,9 @@ struct Consumer {
         }
     }
 
-    // this warp has read the stage: to here, the blocks of its feature tile, and those of its token tile
-    __device__ __forceinline__ void release(u32 bar, u32 at) const {
-        if (BLOCKS == 1) {
-            if (lane == 0) arrive(bar);
-        } else if (lane < READERS) {
-            arrive_at(bar, at);
-        }
-    }
-
     __device__ __forceinline__ void multiply_tile(float (&sum)[NT / 2]) const {
 #pragma unroll
         for (int i = 0; i < NT / 2; i++) sum[i] = 0.0f;
-        const int other = (int)lane - CT, cf = other + (other >= b.cf ? 1 : 0);
-        const u32 at = lane < CT ? b.cf * CT + lane : cf * CT + b.ct;
         for (int i = 0; i < a.chunks; i++) {
             const int s = i % STAGES;
             await(b.full + 8 * s, (i / STAGES) & 1);
@@ -198,7 +165,7 @@ struct Consumer {
             for (int k = 0; k < 4; k++) product(sum, w + 2 * k, x + 2 * k);
             products_commit();
             products_wait<1>();  // the stage before is read
-            if (i > 0) release(b.empty + 8 * ((i - 1) % STAGES), at);
+            if (i > 0 && lane == 0) arrive(b.empty + 8 * ((i - 1) % STAGES));
         }
         products_wait<0>();
         pin(sum);
@@ -237,29 +204,25 @@ struct Consumer {
     }
 };
 
-extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(CONSUMERS + 32, 1)
-    qkv_product(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) qkv_product(const __grid_constant__ Arguments a) {
     extern __shared__ u8 memory[];
     __shared__ u64 barriers[2 * STAGES];
     Block b;
     b.memory = (shared_address(memory) + 1023) & ~1023u;
     b.full = shared_address(barriers), b.empty = b.full + 8 * STAGES;
-    const int rank = blockIdx.x % BLOCKS, cluster = blockIdx.x / BLOCKS;
-    const int token_tiles = (a.rows + NT * CT - 1) / (NT * CT);  // of clusters; those of the same features follow each other
-    b.ct = rank % CT, b.cf = rank / CT;
-    b.row0 = (cluster % token_tiles * CT + b.ct) * NT;
-    const int feature_tile = cluster / token_tiles * CF + b.cf;
+    const int token_tiles = (a.rows + NT - 1) / NT;  // blocks of the same features follow each other
+    b.row0 = (int)blockIdx.x % token_tiles * NT;
+    const int feature_tile = (int)blockIdx.x / token_tiles;
     b.head0 = feature_tile / (HALF / DIMS) * 2, b.dim0 = feature_tile % (HALF / DIMS) * DIMS;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(b.full + 8 * s, 1);
-            barrier_init(b.empty + 8 * s, CONSUMERS / 32 * READERS);
+            barrier_init(b.empty + 8 * s, CONSUMERS / 32);
         }
         barriers_initialised();
     }
     __syncthreads();
-    if (BLOCKS > 1) cluster_meet();
     if (warp == CONSUMERS / 32) {
         if (lane == 0) produce(a, b);
         __syncwarp();
@@ -269,12 +232,10 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(CONS
         wait_for_predecessor();
         c.load_angles();
         c.multiply_tile(sum);
-        // both warpgroups have read all that came into this block: the sums take its place
+        // both warpgroups have read all that came: the sums take its place
         named_barrier(1, CONSUMERS);
         c.stage_tile(sum);
         named_barrier(1, CONSUMERS);
         c.finish_tile();
     }
-    // nobody leaves while a peer may still free a stage here
-    if (BLOCKS > 1) asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
 }

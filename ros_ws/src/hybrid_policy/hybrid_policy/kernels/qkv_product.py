@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -30,12 +31,9 @@ _CACHES = (torch.bfloat16, torch.float8_e4m3fn)
 
 @dataclass(frozen=True)
 class QkvPlan:
-    """Tokens of a tile, a multiple of 8; token tiles (1, 2) and feature tiles (1, 2, 4) of a cluster; stages of 128
-    bytes of K in flight."""
+    """Tokens of a tile, a multiple of 8; stages of 128 bytes of K in flight."""
 
     nt: int
-    ct: int
-    cf: int
     stages: int
 
     @property
@@ -44,48 +42,32 @@ class QkvPlan:
         return self.stages * _stage_bytes(self.nt) + 1024
 
     def blocks(self, m: int, n: int) -> int:
-        """For [M, N], whole clusters; N is whole pairs of heads."""
-        return math.ceil(math.ceil(m / self.nt) / self.ct) * self.ct * (n // _TILE_ROWS)
+        """For [M, N]; N is whole pairs of heads."""
+        return math.ceil(m / self.nt) * (n // _TILE_ROWS)
 
     def macros(self, size: int, *, cache8: bool, pdl: bool) -> dict[str, int]:
         """Of the source."""
-        return {
-            "SIZE": size, "NT": self.nt, "STAGES": self.stages, "CT": self.ct, "CF": self.cf,
-            "CACHE8": int(cache8), "PDL": int(pdl),
-        }  # fmt: skip
+        return {"SIZE": size, "NT": self.nt, "STAGES": self.stages, "CACHE8": int(cache8), "PDL": int(pdl)}
 
 
 def _stage_bytes(nt: int) -> int:
     return (_TILE_ROWS + nt) * 128
 
 
-def make_plan(nt: int, ct: int, cf: int, k_bytes: int) -> QkvPlan:
+def make_plan(nt: int, k_bytes: int) -> QkvPlan:
     """As many stages as there is memory for, and use; the sums need the room of three."""
-    stages = max(3, math.ceil(k_bytes / 128))
-    return QkvPlan(nt, ct, cf, min(8, SHARED_LIMIT // _stage_bytes(nt), stages))
+    return QkvPlan(nt, min(8, SHARED_LIMIT // _stage_bytes(nt), max(3, math.ceil(k_bytes / 128))))
 
 
 def plan_qkv_product(m: int, n: int, k_bytes: int, processors: int = 132) -> QkvPlan:
     """The launch for x [M, K] and W [N, K] with ``k_bytes`` bytes of K.
 
-    Calculated, not yet measured. A stage takes its products (4 nt clocks), its bytes through shared memory (both
-    warpgroups read their rows of W and all of x; 128 bytes a clock) or the L2's time for what all blocks fetch (3600
-    bytes a clock have been seen). Clusters of four leave some of a GPU's multiprocessors over. A cluster must save a
-    twentieth, or its blocks do not wait for each other.
+    The fewest tokens a tile whose blocks take one turn (many rows: the fewest turns) on 120 of an H100's 132
+    multiprocessors: so were the tiles of the prefix's shapes measured, up to 2560 features of 968 tokens.
     """
-    chunks = math.ceil(k_bytes / 128)
-
-    def clocks(plan: QkvPlan) -> float:
-        size = plan.ct * plan.cf
-        room = (int(processors * 0.91) if size == 4 else processors) // size * size
-        blocks = plan.blocks(m, n)
-        fetched = min(blocks, room) * (_TILE_ROWS / plan.ct + plan.nt / plan.cf) * 128
-        stage = max(4 * plan.nt, 3 * plan.nt + 2 * _TILE_ROWS, fetched / 3600)
-        return math.ceil(blocks / room) * (chunks * stage + 12 * plan.nt) * (1 + 0.05 * (size > 1))
-
-    shapes = ((1, 1), (2, 1), (1, 2), (2, 2)) if m > 8 else ((1, 1), (1, 2))
-    plans = (make_plan(nt, *shape, k_bytes) for shape in shapes for nt in range(8, MOST_TOKENS + 1, 8))
-    return min(plans, key=lambda plan: (clocks(plan), plan.nt))
+    features, room = n // _TILE_ROWS, processors * 10 // 11
+    turns = next(t for t in itertools.count(1) if t * room // features * MOST_TOKENS >= m)
+    return make_plan(math.ceil(m / (turns * room // features) / 8) * 8, k_bytes)
 
 
 class _Arguments(ctypes.Structure):
@@ -175,7 +157,7 @@ def qkv_product(
         q=q.data_ptr(), k=k_cache.data_ptr(), v=v_cache.data_ptr(),
         rows=m, heads=heads, kv_heads=kv_heads, chunks=math.ceil(k * size / 128), scale=scale,
     )  # fmt: skip
-    ctypes.memmove(arguments.x, tensor_map(x, plan.nt // plan.cf), 128)
+    ctypes.memmove(arguments.x, tensor_map(x, plan.nt), 128)
     ctypes.memmove(arguments.w, halves_map(weight, HEAD_DIM), 128)
     eight = k_cache.dtype == torch.float8_e4m3fn
     kernel = _kernel(plan, size, eight, pdl, SPIN_LIMIT, torch.cuda.current_device())
