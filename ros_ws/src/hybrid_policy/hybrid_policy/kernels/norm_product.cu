@@ -1,32 +1,29 @@
 // x += y + bias and h = LayerNorm(x), for y = a W' * scale of a few hundred rows: the product, the residual and the norm
-// behind it in one launch. bf16 or E4M3 in, x in float32, h in bf16 or E4M3.
+// behind it in one launch. E4M3 in, x in float32, h in E4M3.
 //
-// The eight blocks of a cluster have a tile of ROWS rows, an eighth of the columns (NT) each. One warp starts the
-// copies (a ring of STAGES, 128 bytes of K each); a warpgroup multiplies 64 rows and the block's columns, or (HALVES 2)
-// half of them: then shared memory gives the rows twice, and behind the products a thread has half as much to do. What
-// threads keep stays in registers from the first product to h: x's values are fetched while the products run, and every
-// warp (16 rows, a part of their columns) sends the sum and the centred squares of its part to all eight blocks, whose
-// barriers count the bytes. Centred squares join exactly: those of a row are the parts' own and what the parts' means
-// are apart (Chan, Golub and LeVeque, 1979).
-//
-// With SPREAD every block fetches an eighth of a's tile for all eight, instead of all of it for itself.
+// The eight blocks of a cluster have a tile of 64 rows, an eighth of the columns (NT) each. One warp starts the copies
+// (a ring of STAGES, 128 bytes of K each); each of two warpgroups multiplies the rows and half of the block's columns:
+// shared memory gives the rows twice, but behind the products a thread has half as much to do. What threads keep stays
+// in registers from the first product to h: x's values are fetched while the products run, and every warp (16 rows, a
+// sixteenth of their columns) sends the sum and the centred squares of its part to all eight blocks, whose barriers
+// count the bytes. Centred squares join exactly: those of a row are the parts' own and what the parts' means are apart
+// (Chan, Golub and LeVeque, 1979).
 //
 // Nobody frees a stage that will not be filled again, and all that is sent is waited for, so nothing can come to a block
 // that has ended; the clusters' last meeting says so once more.
 //
-// Macros: SIZE (bytes of an element of a and W), NT, ROWS (64, 128), HALVES (1; with 64 rows also 2), STAGES, SPREAD,
-// EIGHT (h is E4M3, not bf16), PDL, SPIN_LIMIT, SHARED (bytes of a block). wgmma_common.cu comes first, and before it
-// ``product`` for SIZE and the columns of a warpgroup (norm_product.py).
+// Macros: NT, STAGES, PDL, SPIN_LIMIT, SHARED (bytes of a block). wgmma_common.cu comes first, and before it ``product``
+// of E4M3 for NT / 2 columns (hopper_product.py).
 
 constexpr int BLOCKS = 8;                        // of a cluster
-constexpr int CONSUMERS = 2 * ROWS * HALVES;
-constexpr int WIDTH = NT / HALVES;               // columns of a warpgroup
-constexpr int PARTS = BLOCKS * HALVES;           // of a row
-constexpr int STRIPS = ROWS / 16;                // a warp each, or a warp of each half
+constexpr int ROWS = 64;                         // of a tile
+constexpr int CONSUMERS = 256;
+constexpr int WIDTH = NT / 2;                    // columns of a warpgroup
+constexpr int PARTS = 2 * BLOCKS;                // of a row
+constexpr int STRIPS = ROWS / 16;                // of rows, a warp of each half
 constexpr int A_BYTES = ROWS * 128;
 constexpr int STAGE_BYTES = A_BYTES + NT * 128;
-constexpr int OUT = EIGHT ? 1 : 2;               // bytes of a value of h
-constexpr int PIECES = NT * OUT / 16;            // of 16 bytes in a row of a block
+constexpr int PIECES = NT / 16;                  // of 16 bytes of h in a row of a block
 constexpr int OUT_STRIDE = (PIECES | 1) * 16;    // an odd number of pieces: eight rows lie in different banks
 constexpr int PART_STRIDE = ROWS / 2 * 16 + 32;  // two rows in 16 bytes; four parts of one lie in different banks
 constexpr int AT_OUT = STAGES * STAGE_BYTES;
@@ -34,16 +31,16 @@ constexpr int AT_NUMBERS = AT_OUT + ROWS * OUT_STRIDE;
 constexpr int AT_VECTORS = AT_NUMBERS + PARTS * PART_STRIDE;
 constexpr int AT_BARRIERS = AT_VECTORS + 3 * NT * 4;
 static_assert(AT_BARRIERS + 8 * (2 * STAGES + STRIPS) <= SHARED, "shared memory");
-static_assert((ROWS == 64 || ROWS == 128) && ROWS * HALVES <= 128 && WIDTH % 8 == 0 && NT % 16 == 0 && NT <= 256 && STAGES > 1, "tile");
+static_assert(NT % 16 == 0 && NT <= 256 && STAGES > 1, "tile");
 
 struct alignas(64) Arguments {
-    u8 a[128];             // tensor maps: boxes of ROWS (SPREAD: ROWS / 8) and of NT rows
+    u8 a[128];             // tensor maps: boxes of ROWS and of NT rows
     u8 w[128];
     float* x;              // [rows, 8 * NT]
     const float* bias;     // [8 * NT] each: of the product; the norm's weight and shift
     const float* weight;
     const float* shift;
-    void* out;             // h, bf16 or e4m3 [rows, 8 * NT]
+    u8* out;               // h, e4m3 [rows, 8 * NT]
     int rows;
     int chunks;            // stages of K
     float scale, eps;
@@ -72,13 +69,11 @@ struct Block {
 // ---------------------------------------------------------------------------------------------------------- copies
 __device__ __forceinline__ void fetch_w(const Arguments& a, const Block& b, u32 stage, int chunk) {
     expect(b.full(stage), STAGE_BYTES);
-    copy_box(b.w(stage), a.w, chunk * (128 / SIZE), b.rank * NT, b.full(stage));
+    copy_box(b.w(stage), a.w, chunk * 128, b.rank * NT, b.full(stage));
 }
 
 __device__ __forceinline__ void fetch_a(const Arguments& a, const Block& b, u32 stage, int chunk, int row0) {
-    const int column = chunk * (128 / SIZE), row = b.rank * (ROWS / BLOCKS);
-    if (SPREAD) copy_box_to(b.a(stage) + row * 128, a.a, column, row0 + row, b.full(stage), (1 << BLOCKS) - 1);
-    else copy_box(b.a(stage), a.a, column, row0, b.full(stage));
+    copy_box(b.a(stage), a.a, chunk * 128, row0, b.full(stage));
 }
 
 // a whole warp
@@ -166,24 +161,17 @@ struct Consumer {
     __device__ __forceinline__ void multiply_all() {
 #pragma unroll
         for (int i = 0; i < WIDTH / 2; i++) sum[i] = 0.0f;
-        const u32 down = strip() / 4 * (64 * 128), across = half() * (WIDTH * 128);
+        const u32 across = half() * (WIDTH * 128);
         for (int i = 0; i < a.chunks; i++) {
             const u32 stage = i % STAGES;
             await(b.full(stage), (i / STAGES) & 1);
-            const u64 rows = operand(b.a(stage) + down), columns = operand(b.w(stage) + across);
+            const u64 rows = operand(b.a(stage)), columns = operand(b.w(stage) + across);
             products_begin();
 #pragma unroll
             for (int k = 0; k < 4; k++) product(sum, rows + 2 * k, columns + 2 * k);
             products_commit();
             products_wait<1>();  // the stage before is read
-            if (i > 0 && i - 1 + STAGES < a.chunks) {
-                const u32 before = b.empty((i - 1) % STAGES);
-                if (SPREAD) {
-                    if (lane < BLOCKS) arrive_at(before, lane);
-                } else if (lane == 0) {
-                    arrive(before);
-                }
-            }
+            if (i > 0 && i - 1 + STAGES < a.chunks && lane == 0) arrive(b.empty((i - 1) % STAGES));
         }
         products_wait<0>();
         pin(sum);
@@ -213,7 +201,7 @@ struct Consumer {
             }
             squares[second] = quad_sum(squares[second]);
         }
-        const u32 to = b.numbers(b.rank * HALVES + half(), strip(), pair()), bar = b.summed(strip());
+        const u32 to = b.numbers(2 * b.rank + half(), strip(), pair()), bar = b.summed(strip());
 #pragma unroll
         for (u32 k = 0; k < BLOCKS / 4; k++) {
             const u32 peer = quad() + 4 * k;
@@ -255,7 +243,7 @@ struct Consumer {
 
     // the normalised rows through shared memory: its stores are 16 bytes, and whole lines of L2 where halves meet
     __device__ __forceinline__ void store_normed(const float (&mean)[2], const float (&inverse)[2]) const {
-        const u32 from = b.memory + AT_OUT + strip() * (16 * OUT_STRIDE), to = from + pair() * OUT_STRIDE + column() * OUT;
+        const u32 from = b.memory + AT_OUT + strip() * (16 * OUT_STRIDE), to = from + pair() * OUT_STRIDE + column();
 #pragma unroll
         for (int j = 0; j < WIDTH / 8; j++) {
             const float2 weight = shared2(b.vector(1, column() + 8 * j)), shift = shared2(b.vector(2, column() + 8 * j));
@@ -264,22 +252,17 @@ struct Consumer {
                 const float* v = sum + 4 * j + 2 * second;
                 const float low = fmaf((v[0] - mean[second]) * inverse[second], weight.x, shift.x);
                 const float high = fmaf((v[1] - mean[second]) * inverse[second], weight.y, shift.y);
-                const u32 at = to + second * (8 * OUT_STRIDE) + 8 * j * OUT;
-#if EIGHT
+                const u32 at = to + second * (8 * OUT_STRIDE) + 8 * j;
                 asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(to_e4m3x2(low, high)) : "memory");
-#else
-                asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(pack_bf16(low, high)) : "memory");
-#endif
             }
         }
-        if (HALVES == 2) named_barrier(1 + strip(), 64);
-        else __syncwarp();
-        for (u32 i = half() * 32 + lane; i < 16 * PIECES; i += 32 * HALVES) {
+        named_barrier(1 + strip(), 64);  // both halves of the strip
+        for (u32 i = half() * 32 + lane; i < 16 * PIECES; i += 64) {
             const u32 r = i / PIECES, piece = i % PIECES;
             const int at = row0 + strip() * 16 + r;
             if (at >= a.rows) break;  // and so are the rows behind
             const float4 v = shared4(from + r * OUT_STRIDE + piece * 16);
-            *(float4*)((u8*)a.out + ((long long)at * (BLOCKS * NT) + b.rank * NT) * OUT + piece * 16) = v;
+            *(float4*)(a.out + (long long)at * (BLOCKS * NT) + b.rank * NT + piece * 16) = v;
         }
     }
 };
@@ -293,8 +276,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(CONS
     if (threadIdx.x == 0) {
         for (u32 s = 0; s < STAGES; s++) {
             barrier_init(b.full(s), 1);
-            // freed by every block that this block's copies go to
-            barrier_init(b.empty(s), CONSUMERS / 32 * (SPREAD ? BLOCKS : 1));
+            barrier_init(b.empty(s), CONSUMERS / 32);
         }
         for (u32 strip = 0; strip < STRIPS; strip++) {
             barrier_init(b.summed(strip), 1);

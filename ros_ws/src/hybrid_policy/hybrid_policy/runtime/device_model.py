@@ -25,7 +25,7 @@ from hybrid_policy.kernels.prefix_inputs import padded_patch
 from hybrid_policy.kernels.qkv import rope_tables
 from hybrid_policy.kernels.qkv_product import qkv_product
 from hybrid_policy.models.flow import step_times
-from hybrid_policy.runtime.device_weights import DeviceWeights, GemmaLayer
+from hybrid_policy.runtime.device_weights import DeviceWeights, GemmaLayer, VisionLayer
 from hybrid_policy.runtime.projection import Projection
 from hybrid_policy.runtime.rtc import RealTimeChunking
 from hybrid_policy.runtime.stages import GLUE, StageTable
@@ -101,32 +101,23 @@ class DeviceModel:
         """Images to prefix features of all views."""
         w, x, config = self.weights, self.vision_x, self.config.vision
         self._glue["cut_patches"](inputs.images, self.patches, x, w.patch_bias, config.patch)
-        first, norms = w.vision[0], self.table.vision_norm
-        h = self._layer_normed(first.norm1, first.qkv.input_dtype, F.linear(self.patches, w.patch), None)
-        for i, layer in enumerate(w.vision):
+        bias: Tensor | None = None
+        addend = F.linear(self.patches, w.patch)
+        for layer in w.vision:
+            h = self._layer_normed(layer.norm1, layer.qkv.input_dtype, addend, bias)
             qkv = self._vision_product(layer.qkv, h)
             seen = self._glue["vision_attention"](qkv, config.heads, self.config.image_tokens, layer.seen_scale)
-            h = self._added(layer.out, seen, layer.out_bias, layer.norm2, layer.fc1.input_dtype, norms != "apart")
+            h = self._vision_out(layer, seen)
             act = self._vision_product(layer.fc1, h, gelu=True, out_scale=layer.fc2.input_scale)
-            after = w.vision[i + 1] if i + 1 < len(w.vision) else None
-            norm, dtype = (w.post_norm, w.dtype) if after is None else (after.norm1, after.qkv.input_dtype)
-            h = self._added(layer.fc2, act, layer.fc2_bias, norm, dtype, norms == "product")
-        w.projector(h, out=self.features)
+            addend, bias = self._vision_product(layer.fc2, act), layer.fc2_bias
+        w.projector(self._layer_normed(w.post_norm, w.dtype, addend, bias), out=self.features)
 
-    def _added(
-        self,
-        product: Projection,
-        x: Tensor,
-        bias: Tensor,
-        norm: tuple[Tensor, Tensor],
-        dtype: torch.dtype,
-        together: bool,
-    ) -> Tensor:
-        """vision_x += product(x) + bias, then its norm; in one launch (``together``) where the weight is whole."""
-        whole = product.whole()
-        if together and whole is not None:
-            return norm_product(x, *whole, self.vision_x, norm, bias, dtype, pdl=self.table.pdl)
-        return self._layer_normed(norm, dtype, self._vision_product(product, x), bias)
+    def _vision_out(self, layer: VisionLayer, seen: Tensor) -> Tensor:
+        """The product behind attention onto vision_x, then its norm: in one launch where both are FP8."""
+        whole, dtype = layer.out.whole(), layer.fc1.input_dtype
+        if self.table.vision_norm == "out" and whole is not None and whole[0].dtype == dtype == torch.float8_e4m3fn:
+            return norm_product(seen, *whole, self.vision_x, layer.norm2, layer.out_bias, pdl=self.table.pdl)
+        return self._layer_normed(layer.norm2, dtype, self._vision_product(layer.out, seen), layer.out_bias)
 
     def _vision_product(
         self, product: Projection, x: Tensor, *, gelu: bool = False, out_scale: float | None = None
@@ -366,24 +357,18 @@ class DeviceModel:
     ) -> tuple[Tensor, Tensor | None]:
         """Attention and its output projection: the product, and the scale of its rows if that is still to apply."""
         assert layer.out is not None
-        held = layer.out.held() if self.table.prefix_out == "hopper" and extra == 0 else None  # the expert's is small
-
-        def out(rows: Tensor) -> Tensor:
-            assert layer.out is not None
-            return layer.out(rows) if held is None else hopper_product(rows, *held, pdl=self.table.pdl)
-
         if layer.out.quantised and isinstance(attention, PrefixAttention):
             eight = torch.empty(q.shape, dtype=torch.float8_e4m3fn, device=self.device)
             scale = torch.empty(q.shape[0], dtype=torch.float32, device=self.device)
             attention(q, self.keys[i], self.values[i], inputs.valid, extra, eight, out_scale=scale)
-            return out(eight.flatten(1)), scale
+            return layer.out(eight.flatten(1)), scale
         seen = torch.empty_like(q)
         attention(q, self.keys[i], self.values[i], inputs.valid, extra, seen)  # type: ignore[operator]
         rows = seen.flatten(1)
         if not layer.out.quantised:
-            return out(rows), None
+            return layer.out(rows), None
         rows, scale = self._quantised(rows)
-        return out(rows), scale
+        return layer.out(rows), scale
 
     def _mlp(self, h: Tensor, scale: Tensor | None, layer: GemmaLayer) -> tuple[Tensor, Tensor | None]:
         """GeGLU: the down projection's product, and the scale of its rows if that is still to apply."""

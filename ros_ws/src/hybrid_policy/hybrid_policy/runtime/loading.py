@@ -192,10 +192,9 @@ def choose_table(
 ) -> StageTable:
     """The stages' implementations.
 
-    wgmma's prefix attention and gate and up on Hopper, else Triton's and the library's; where the table asks for them,
-    likewise q, k, v and the product behind attention. For the expert: one launch a flow step on Hopper, else the
-    cluster kernels, where device, shapes, precisions and cache allow them, else Triton's fused kernels; split stages
-    where real-time chunking needs a modulation a row.
+    wgmma's kernels for vision and prefix on Hopper, else Triton's and the library's. For the expert: one launch a flow
+    step on Hopper, else the cluster kernels, where device, shapes, precisions and cache allow them, else Triton's fused
+    kernels; split stages where real-time chunking needs a modulation a row.
 
     The variable HYBRID_POLICY_STAGES overrides single stages (see `stages.parse_table`), for comparisons.
     """
@@ -212,16 +211,12 @@ def choose_table(
         table = dataclasses.replace(table, vision_attention="reference")
     if not all(hopper_product.fits(capability, n, k) for n, k in vision_shapes(config)):
         table = dataclasses.replace(table, vision_product="library")
-    _, out, _, fc2 = vision_shapes(config)
-    if table.vision_product != "hopper" or not all(norm_product.fits(capability, n, k) for n, k in (out, fc2)):
+    if table.vision_product != "hopper" or not norm_product.fits(capability, config.vision.width, config.vision.width):
         table = dataclasses.replace(table, vision_norm="apart")
     if not gate_up_product.fits(capability, prefix.mlp_dim, prefix.width):
         table = dataclasses.replace(table, gate_up="library")
-    heads_of_prefix = prefix.heads, prefix.kv_heads, prefix.head_dim
-    if not qkv_product.fits(capability, *heads_of_prefix, prefix.width, cache):
+    if not qkv_product.fits(capability, prefix.heads, prefix.kv_heads, prefix.head_dim, prefix.width, cache):
         table = dataclasses.replace(table, qkv="library")
-    if not hopper_product.fits(capability, prefix.width, prefix.heads * prefix.head_dim):
-        table = dataclasses.replace(table, prefix_out="library")
     if rtc.mode == "prefix":
         return dataclasses.replace(table, expert="split")
     if table.expert != "loop" or "expert=" in text:

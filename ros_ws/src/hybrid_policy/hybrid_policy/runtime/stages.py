@@ -32,10 +32,9 @@ _CHOICES = {
     "expert": ("loop", "cluster", "fused", "split"),
     "prefix_attention": ("hopper", "kernel", "reference"),
     "vision_product": ("hopper", "library"),
-    "vision_norm": ("product", "out", "apart"),
+    "vision_norm": ("out", "apart"),
     "gate_up": ("hopper", "library"),
     "qkv": ("hopper", "library"),
-    "prefix_out": ("hopper", "library"),
     "pdl": ("on", "off"),
 }
 
@@ -47,14 +46,13 @@ class StageTable:
     ``expert`` is ``loop`` (kernels/expert_loop.py), ``cluster`` (kernels/expert.py), ``fused`` (Triton) or ``split``
     (norm, GEMM, glue). ``prefix_attention`` is ``hopper`` (kernels/prefix_attention.py), or as ``attention``.
     ``vision_product``: vision's products by ``hopper`` (kernels/hopper_product.py), where that pays, or the library.
-    ``vision_norm``: vision's residual and norm in the launch of the ``product`` before them (kernels/norm_product.py),
-    of ``out`` alone and not of fc2, or ``apart`` in launches of their own. Apart until the others have been measured.
+    ``vision_norm``: vision's residual and norm behind attention in the launch of ``out``, the product before them
+    (kernels/norm_product.py; layers whose ``out`` and fc1 are FP8, the others as with ``apart``), or ``apart`` in a
+    launch of their own. Those behind fc2 always are: together took longer.
     ``gate_up``: the prefix's gate and up with their GeGLU in one launch (``hopper``, kernels/gate_up_product.py; layers
     that it does not take by the library all the same), or by the library and a pass behind it.
     ``qkv``: the prefix's queries, keys and values with their RoPE in one launch (``hopper``, kernels/qkv_product.py),
-    or by the library and ``rope_split`` behind it. ``prefix_out``: the product behind the prefix's attention by
-    ``hopper`` (kernels/hopper_product.py) or the library. Neither takes FP8 weights with several scales, which stay
-    with the library; neither is measured yet, so the library is the default.
+    or by the library and ``rope_split`` behind it, as are FP8 weights with several scales either way.
 
     pdl: kernels may start before their predecessor ends (programmatic dependent launch).
     """
@@ -71,10 +69,9 @@ class StageTable:
     attention: Implementation = "kernel"
     prefix_attention: Literal["hopper", "kernel", "reference"] = "hopper"
     vision_product: Literal["hopper", "library"] = "hopper"
-    vision_norm: Literal["product", "out", "apart"] = "apart"
+    vision_norm: Literal["out", "apart"] = "out"
     gate_up: Literal["hopper", "library"] = "hopper"
-    qkv: Literal["hopper", "library"] = "library"
-    prefix_out: Literal["hopper", "library"] = "library"
+    qkv: Literal["hopper", "library"] = "hopper"
     expert: Literal["loop", "cluster", "fused", "split"] = "loop"
     pdl: bool = True
 
@@ -121,8 +118,8 @@ class StageTable:
 def plain_table() -> StageTable:
     """Everything in plain PyTorch around library GEMMs: what the kernels are compared with."""
     plain: dict[str, Any] = dict.fromkeys((*GLUE, "attention", "prefix_attention"), "reference")
-    library: dict[str, Any] = dict.fromkeys(("vision_product", "gate_up", "qkv", "prefix_out"), "library")
-    return StageTable(**plain, **library, expert="split", pdl=False)
+    library: dict[str, Any] = dict.fromkeys(("vision_product", "gate_up", "qkv"), "library")
+    return StageTable(**plain, **library, vision_norm="apart", expert="split", pdl=False)
 
 
 def parse_table(text: str) -> StageTable:

@@ -1,6 +1,6 @@
 // Threads, shared memory, barriers and copies of clusters of eight blocks on a CPU: what norm_product.cu calls, in place
-// of wgmma_common.cu. Every thread is a coroutine, run in random order, now and then a block not at all; copies, remote
-// arrivals and st.async happen at some later time, products when they are waited for. A wait that nobody ends, a barrier
+// of wgmma_common.cu. Every thread is a coroutine, run in random order, now and then a block not at all; copies and
+// st.async happen at some later time, products when they are waited for. A wait that nobody ends, a barrier
 // with too many arrivals, an address outside the block's memory and anything sent to a block that has ended are reported
 // and end the process.
 #pragma once
@@ -32,7 +32,7 @@ struct alignas(16) float4 { float x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
-constexpr u32 TEAM = 2 * ROWS * HALVES + 32, FIRST_BYTE = 1024;  // threads of a block; where its memory begins
+constexpr u32 TEAM = 288, FIRST_BYTE = 1024;  // threads of a block; where its memory begins
 typedef std::function<void()> Later;
 
 struct Index { u32 x; };
@@ -101,10 +101,6 @@ inline void barrier_init(u32 address, u32 count) { clusters[current->cluster].ba
 inline void barriers_initialised() {}
 inline void arrive(u32 address) { change(current->cluster, address, 1, 0); }
 inline void expect(u32 address, u32 bytes) { change(current->cluster, address, 1, bytes); }
-inline void arrive_at(u32 address, u32 rank) {
-    const u32 cluster = current->cluster, there = of_rank(address, rank);
-    under_way.push_back([=] { change(cluster, there, 1, 0); });
-}
 inline void await(u32 address, u32 parity) {
     const u32 cluster = current->cluster;
     until([=] { return clusters[cluster].barriers[address].phase != parity; });
@@ -136,24 +132,19 @@ struct Map {  // what a tensor map's 128 bytes hold here
     int rows, bytes, box;
 };
 inline u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
-inline void copy_to(u32 to, const void* map, int column, int row, u32 bar) {
+inline void prefetch_map(const void*) {}
+inline void copy_box(u32 to, const void* map, int column, int row, u32 bar) {
     const Map m = *(const Map*)map;
     const u32 cluster = current->cluster;
     under_way.push_back([=] {
         for (int r = 0; r < m.box; r++)
-            for (int i = 0; i < 128; i++) {
-                const int at = column * SIZE + i;
+            for (int at = column; at < column + 128; at++) {
                 const bool inside = row + r < m.rows && at < m.bytes;
-                *byte_at(cluster, swizzled(to + r * 128 + i)) = inside ? m.matrix[(size_t)(row + r) * m.bytes + at] : 0;
+                const u32 place = swizzled(to + r * 128 + at - column);
+                *byte_at(cluster, place) = inside ? m.matrix[(size_t)(row + r) * m.bytes + at] : 0;
             }
         change(cluster, bar, 0, -m.box * 128);
     });
-}
-inline void prefetch_map(const void*) {}
-inline void copy_box(u32 to, const void* map, int column, int row, u32 bar) { copy_to(to, map, column, row, bar); }
-inline void copy_box_to(u32 to, const void* map, int column, int row, u32 bar, u16 blocks) {
-    for (u32 rank = 0; rank < 8; rank++)
-        if (blocks >> rank & 1) copy_to(of_rank(to, rank), map, column, row, of_rank(bar, rank));
 }
 inline void send4(u32 to, u32 bar, float a, float b, float c, float d) {
     const u32 cluster = current->cluster;
@@ -172,7 +163,7 @@ inline void copies_done() {
 }
 inline float2 shared2(u32 at) { return *(float2*)byte_at(current->cluster, at, 8); }
 inline float4 shared4(u32 at) { return *(float4*)byte_at(current->cluster, at, 16); }
-inline void store_shared(u32 at, u32 value, u32 bytes) { memcpy(byte_at(current->cluster, at, bytes), &value, bytes); }
+inline void store_shared(u32 at, u16 value) { memcpy(byte_at(current->cluster, at, 2), &value, 2); }
 inline void load2(float& first, float& second, const float* from, bool use) {
     if (use) first = from[0], second = from[1];
 }
@@ -191,18 +182,6 @@ inline u8 to_e4m3(float f) {
     }
     return best | (std::signbit(f) ? 128 : 0);
 }
-inline float from_bf16(u16 v) {
-    const u32 bits = (u32)v << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-inline u16 to_bf16(float f) {
-    u32 bits;
-    memcpy(&bits, &f, 4);
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-inline u32 pack_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
 inline u16 to_e4m3x2(float low, float high) { return to_e4m3(low) | to_e4m3(high) << 8; }
 inline float shuffle_xor(float value, u32 mask) {
     const size_t place = (size_t)current->block.x * TEAM + current->thread.x;
@@ -220,8 +199,7 @@ inline float quad_sum(float x) {
 // ------------------------------------------------------------------------------------------- warpgroup products
 inline u64 operand(u32 address) { return address >> 4; }
 inline float operand_value(u64 operand, int row, int k) {
-    const u8* from = byte_at(current->cluster, swizzled((u32)(operand << 4) + row * 128 + k * SIZE), SIZE);
-    return SIZE == 1 ? from_e4m3(*from) : from_bf16(*(const u16*)from);
+    return from_e4m3(*byte_at(current->cluster, swizzled((u32)(operand << 4) + row * 128 + k)));
 }
 inline void products_begin() { __syncwarp(); }
 inline void products_commit() {
@@ -244,7 +222,7 @@ inline void product(float (&d)[N], u64 a, u64 b) {
     const u32 lane = current->thread.x % 32, warp = current->thread.x / 32 % 4;
     current->open.push_back([=] {
         for (int i = 0; i < N; i++)
-            for (int k = 0; k < 32 / SIZE; k++)
+            for (int k = 0; k < 32; k++)
                 sum[i] += operand_value(a, warp * 16 + lane / 4 + (i & 2) * 4, k) *
                           operand_value(b, i / 4 * 8 + lane % 4 * 2 + (i & 1), k);
     });

@@ -19,11 +19,11 @@ def test_tables_by_text():
     table = parse_table("expert=fused,add_norm=reference,pdl=off")
     assert (table.expert, table.add_norm, table.pdl) == ("fused", "reference", False)
     assert "expert fused" in table.describe()
-    assert (table.vision_norm, parse_table("vision_norm=out").vision_norm) == ("apart", "out")
+    assert (table.vision_norm, parse_table("vision_norm=apart").vision_norm) == ("out", "apart")
     assert "no pdl" in table.describe()
 
 
-@pytest.mark.parametrize("text", ["expert=quick", "nothing=kernel", "pdl=kernel", "expert", "vision_norm=library"])
+@pytest.mark.parametrize("text", ["expert=quick", "nothing=kernel", "pdl=kernel", "expert", "vision_norm=product"])
 def test_unknown_stages_are_named(text):
     with pytest.raises(InputError, match="stages"):
         parse_table(text)
@@ -34,19 +34,6 @@ def test_reference_and_kernel_are_two_things(stage):
     reference, kernel = GLUE[stage]
     assert plain_table().glue(stage) is reference
     assert dataclasses.replace(parse_table(""), pdl=False).glue(stage) is kernel
-
-
-def test_what_is_not_measured_is_not_the_default():
-    assert (parse_table("").qkv, parse_table("").prefix_out) == ("library", "library")
-    table = parse_table("qkv=hopper,prefix_out=hopper")
-    assert (table.qkv, table.prefix_out) == ("hopper", "hopper")
-    assert "qkv hopper, prefix_out hopper" in table.describe()
-
-
-def test_a_device_that_does_not_fit_takes_the_library(monkeypatch):
-    monkeypatch.setenv("HYBRID_POLICY_STAGES", "qkv=hopper,prefix_out=hopper")
-    table = choose(load_recipe("bf16"), RealTimeChunking("prefix"))
-    assert (table.qkv, table.prefix_out) == ("library", "library")
 
 
 def choose(recipe, rtc):
@@ -62,9 +49,24 @@ def test_the_table_follows_from_recipe_and_mode():
     assert choose(load_recipe("w4a4"), off).expert == "fused"
 
 
-def test_norms_are_apart_where_no_kernel_joins_them(monkeypatch):
-    monkeypatch.setenv("HYBRID_POLICY_STAGES", "vision_norm=product")
-    assert choose(load_recipe("bf16"), RealTimeChunking("prefix")).vision_norm == "apart"
+def table_on_hopper(monkeypatch, recipe="h100", stages=""):
+    monkeypatch.setenv("HYBRID_POLICY_STAGES", stages)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    precisions = load_recipe(recipe).assign(model_sites(PI05_FULL))
+    return choose_table(RealTimeChunking("prefix"), load_recipe(recipe), PI05_FULL, precisions, torch.device("cuda"))
+
+
+def test_hopper_takes_its_own_kernels(monkeypatch):
+    table = table_on_hopper(monkeypatch)
+    assert (table.vision_product, table.vision_norm, table.gate_up, table.qkv) == ("hopper", "out", "hopper", "hopper")
+    assert table_on_hopper(monkeypatch, stages="qkv=library").qkv == "library"
+    assert table_on_hopper(monkeypatch, stages="vision_product=library").vision_norm == "apart"
+
+
+def test_a_device_that_does_not_fit_takes_the_library():
+    table = choose(load_recipe("bf16"), RealTimeChunking("prefix"))
+    assert (table.vision_product, table.vision_norm) == ("library", "apart")
+    assert (table.gate_up, table.qkv) == ("library", "library")
 
 
 def test_outer_dimensions_that_fp8_does_not_take():
