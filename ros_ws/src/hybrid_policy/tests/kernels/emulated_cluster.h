@@ -41,7 +41,7 @@ struct Thread {
     std::vector<char> stack;
     Index thread, block;
     u32 cluster, rank, meetings = 0;
-    bool done = false;
+    bool done = false, met = true;
     std::function<bool()> ready;
     std::vector<std::vector<Later>> groups;  // of products under way
     std::vector<Later> open, copies;
@@ -116,11 +116,14 @@ inline void __syncthreads() { meet(0, TEAM); }
 inline void __syncwarp() { meet(100 + current->thread.x / 32, 32); }
 inline void cluster_arrive() {
     Cluster& c = clusters[current->cluster];
+    if (!current->met) fail("a second arrival without waiting for the first");
+    current->met = false;
     if (++c.arrived == 8 * TEAM) c.arrived = 0, c.meetings++;
     current->meetings++;
 }
 inline void cluster_wait() {
     const u32 cluster = current->cluster, meetings = current->meetings;
+    current->met = true;
     until([=] { return clusters[cluster].meetings >= meetings; });
 }
 inline void wait_for_predecessor() {}
