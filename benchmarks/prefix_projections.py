@@ -1,15 +1,12 @@
-"""The products around the prefix's attention: q, k, v with RoPE and the output, by the library and in own launches.
+"""The prefix's queries, keys and values with RoPE: by the library and a pass behind it, and in one launch.
 
 Run by ``prefix_stages.py --parts projections``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
-from hybrid_policy.kernels import hopper_product as hopper
 from hybrid_policy.kernels import norm
 from hybrid_policy.kernels import qkv as rope
 from hybrid_policy.kernels import qkv_product as fused
@@ -21,9 +18,9 @@ BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 WIDTH, HEAD_DIM = 2048, 256
 
 
-def weights(n: int, eight: bool, count: int) -> tuple[list[torch.Tensor], float]:
-    """``count`` of [N, 2048], and their scale."""
-    dense = (torch.randn(n, WIDTH, device=DEVICE) for _ in range(count))
+def weights(n: int, eight: bool) -> tuple[list[torch.Tensor], float]:
+    """[N, 2048] of several layers, and their scale."""
+    dense = (torch.randn(n, WIDTH, device=DEVICE) for _ in range(layers(n * WIDTH * (1 if eight else 2))))
     if eight:
         return [(w * 32).to(FP8) for w in dense], WIDTH**-0.5 / 32
     return [(w * WIDTH**-0.5).to(BF16) for w in dense], 1.0
@@ -36,100 +33,33 @@ def library(x: torch.Tensor, w: torch.Tensor, one: torch.Tensor, factor: torch.T
     return torch._scaled_mm(x, w.t(), one, factor, out_dtype=BF16, use_fast_accum=True)
 
 
-@dataclass
-class Qkv:
-    """Inputs and places of one projection to ``heads`` queries, a key and a value; weights of several layers."""
-
-    rows: int
-    heads: int
-    eight: bool
-
-    def __post_init__(self) -> None:
-        n = (self.heads + 2) * HEAD_DIM
-        x = torch.randn(self.rows, WIDTH, device=DEVICE)
-        self.x = (x * 32).to(FP8) if self.eight else x.to(BF16)
-        self.row_scale = torch.rand(self.rows, device=DEVICE).add(0.5).div(32) if self.eight else None
-        self.w, self.scale = weights(n, self.eight, layers(n * WIDTH * (1 if self.eight else 2)))
-        self.one, self.factor = (torch.full((), value, device=DEVICE) for value in (1.0, self.scale))
-        self.tables = rope.rope_tables(self.rows + 50, HEAD_DIM, DEVICE)
-        self.shape = f"{self.rows}x{n}x{WIDTH}"
-        self.places = self.new_places(BF16)
-        places = self.new_places(torch.float32)
-        options = {"row_scale": self.row_scale, "scale": self.scale}
-        fused.qkv_product_reference(self.x, self.w[0], *places, self.tables, None, **options)
-        self.expected = self.filled(places)
-
-    def new_places(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """q, and caches with more rows than are filled; NaN."""
-        shapes = [(self.rows, self.heads, HEAD_DIM), *[(self.rows + 50, 1, HEAD_DIM)] * 2]
-        return tuple(torch.full(shape, float("nan"), device=DEVICE, dtype=dtype) for shape in shapes)
-
-    def filled(self, places: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """What a call writes, as one vector."""
-        return torch.cat([part[: self.rows].flatten() for part in places])
-
-    def by_library(self, w: torch.Tensor) -> None:
-        """Two launches."""
-        product = library(self.x, w, self.one, self.factor)
-        rope.rope_split(product, *self.places, self.tables, None, row_scale=self.row_scale, pdl=True)
-
-    def own(self, w: torch.Tensor, plan: fused.QkvPlan) -> None:
-        """One."""
-        fused.qkv_product(
-            self.x, w, *self.places, self.tables, None, row_scale=self.row_scale, scale=self.scale, pdl=True, plan=plan
-        )
-
-    def time(self, what: str, call) -> None:
-        """Check, then time."""
-        results = []
-        for _ in range(4):
-            for part in self.places:
-                part.fill_(float("nan"))
-            call(self.w[0])
-            results.append(self.filled(self.places))
-        error = relative(results[0], self.expected)
-        what += "" if all(torch.equal(results[0], again) for again in results[1:]) else " DIFFERS"
-        note(what, self.shape, chain(*(lambda w=w: call(w) for w in self.w), launches=len(self.w)), error)
-
-
 def qkv(rows: int, heads: int, eight: bool) -> None:
-    """The library's product and RoPE behind it, then one launch by several plans, then the library's again."""
-    case, kind = Qkv(rows, heads, eight), "FP8" if eight else "bf16"
-    guarded(case.time, f"qkv {kind}, library + RoPE", case.by_library)
-    k_bytes = WIDTH * (1 if eight else 2)
-    chosen = fused.plan_qkv_product(rows, (heads + 2) * HEAD_DIM, k_bytes)
-    clusters = ((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 4)) if heads else ((1, 1),)
-    plans = [chosen, *(fused.make_plan(chosen.nt, *cluster, k_bytes) for cluster in clusters)]
-    plans.append(fused.QkvPlan(chosen.nt, chosen.ct, chosen.cf, 4))
-    if heads and rows > 900:  # two waves
-        plans.append(fused.make_plan(80, chosen.ct, chosen.cf, k_bytes))
-    for plan in dict.fromkeys(plans):
-        text = f"qkv {kind}, one launch, {plan.nt}, {plan.ct}x{plan.cf}, {plan.stages} stages"
-        guarded(case.time, text + ("*" if plan == chosen else ""), lambda w, p=plan: case.own(w, p))
-    guarded(case.time, f"qkv {kind}, library + RoPE, again", case.by_library)
-
-
-def output(rows: int, eight: bool) -> None:
-    """The product behind attention: the library's and hopper_product.cu by several plans."""
-    size, kind = 1 if eight else 2, "FP8" if eight else "bf16"
-    x = torch.randn(rows, WIDTH, device=DEVICE).to(FP8 if eight else BF16)
-    ws, scale = weights(WIDTH, eight, layers(WIDTH * WIDTH * size))
+    """The library's product and RoPE behind it, one launch, and the library's again; ``heads`` queries, k and v."""
+    n = (heads + 2) * HEAD_DIM
+    x = torch.randn(rows, WIDTH, device=DEVICE)
+    x = (x * 32).to(FP8) if eight else x.to(BF16)
+    row_scale = torch.rand(rows, device=DEVICE).add(0.5).div(32) if eight else None
+    ws, scale = weights(n, eight)
     one, factor = (torch.full((), value, device=DEVICE) for value in (1.0, scale))
-    expected = x.double() @ ws[0].double().T * scale
+    tables = rope.rope_tables(rows, HEAD_DIM, DEVICE)
 
-    def time(what: str, call) -> None:
-        error = relative(call(ws[0]), expected)
-        note(what, f"{rows}x{WIDTH}x{WIDTH}", chain(*(lambda w=w: call(w) for w in ws), launches=len(ws)), error)
+    def new_places(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.full((rows, h, HEAD_DIM), float("nan"), device=DEVICE, dtype=dtype) for h in (heads, 1, 1))
 
-    guarded(time, f"o {kind}, library", lambda w: library(x, w, one, factor))
-    chosen = hopper.plan_product(rows, WIDTH, WIDTH, size)
-    tiles = ((80, 1, 1), (80, 1, 2), (104, 1, 2), (96, 2, 1), (128, 2, 2))
-    if rows > 640:
-        tiles = ((128, 1, 1), (128, 1, 2), (128, 2, 1), (160, 2, 2))
-    plans = [chosen, *(hopper.make_plan(*tile, WIDTH * size) for tile in tiles)]
-    for plan in dict.fromkeys(plans):
-        text = f"o {kind}, wgmma {plan.nt}, {plan.cm}x{plan.cn}, {plan.stages} stages" + ("*" if plan == chosen else "")
-        guarded(time, text, lambda w, p=plan: hopper.hopper_product(x, w, scale, pdl=True, plan=p))
+    def by_library(w: torch.Tensor) -> None:
+        rope.rope_split(library(x, w, one, factor), *places, tables, None, row_scale=row_scale, pdl=True)
+
+    def own(w: torch.Tensor) -> None:
+        fused.qkv_product(x, w, *places, tables, None, row_scale=row_scale, scale=scale, pdl=True)
+
+    exact = new_places(torch.float32)
+    fused.qkv_product_reference(x, ws[0], *exact, tables, None, row_scale=row_scale, scale=scale)
+    for what, call in (("library + RoPE", by_library), ("one launch", own), ("library + RoPE, again", by_library)):
+        places = new_places(BF16)
+        call(ws[0])
+        error = relative(*(torch.cat([part.flatten() for part in each]) for each in (places, exact)))
+        text = f"qkv {'FP8' if eight else 'bf16'}, {what}"
+        note(text, f"{rows}x{n}x{WIDTH}", chain(*(lambda w=w, c=call: c(w) for w in ws), launches=len(ws)), error)
 
 
 class Block:
@@ -137,8 +67,7 @@ class Block:
 
     def __init__(self, rows: int, eight: bool) -> None:
         self.rows, self.eight = rows, eight
-        self.count = layers(2 * WIDTH * WIDTH * (1 if eight else 2))
-        (self.qkv, self.scale), (self.out, _) = (weights(n, eight, self.count) for n in (2560, WIDTH))
+        (self.qkv, self.scale), (self.out, _) = weights(2560, eight), weights(WIDTH, eight)
         self.one, self.factor = (torch.full((), value, device=DEVICE) for value in (1.0, self.scale))
         capacity = rows + 50
         self.keys, self.values = torch.zeros(2, capacity, 1, HEAD_DIM, device=DEVICE, dtype=BF16)
@@ -152,11 +81,7 @@ class Block:
         self.first = torch.zeros(rows, WIDTH, device=DEVICE, dtype=BF16), torch.ones(rows, device=DEVICE)
         self.before: tuple[torch.Tensor, torch.Tensor | None] = self.first
 
-    def reset(self) -> None:
-        """The residual stream as it was at first."""
-        self.x.copy_(self.begin)
-
-    def layer(self, i: int, own_qkv: bool, own_out: bool) -> torch.Tensor:
+    def layer(self, i: int, own: bool) -> torch.Tensor:
         """One layer; what its output product gives."""
         h = torch.empty(self.rows, WIDTH, device=DEVICE, dtype=FP8 if self.eight else BF16)
         scale, seen_scale = torch.empty(2, self.rows, device=DEVICE) if self.eight else (None, None)
@@ -164,32 +89,28 @@ class Block:
         norm.add_norm(self.x, h, self.vector, addend=addend, row_scale=row_scale, out_scale=scale, pdl=True)
         q = torch.empty(self.rows, 8, HEAD_DIM, device=DEVICE, dtype=BF16)
         places = (q, self.keys, self.values, self.tables, None)
-        if own_qkv:
+        if own:
             fused.qkv_product(h, self.qkv[i], *places, row_scale=scale, scale=self.scale, pdl=True)
         else:
             rope.rope_split(library(h, self.qkv[i], self.one, self.factor), *places, row_scale=scale, pdl=True)
         seen = torch.empty(q.shape, device=DEVICE, dtype=h.dtype)
         self.attention(q, self.keys, self.values, self.valid, 0, seen, out_scale=seen_scale)
-        rows, w = seen.flatten(1), self.out[i]
-        if own_out:
-            product = hopper.hopper_product(rows, w, self.scale, pdl=True)
-        else:
-            product = library(rows, w, self.one, self.factor)
+        product = library(seen.flatten(1), self.out[i], self.one, self.factor)
         self.before = product, seen_scale
         return product
 
 
 def block(rows: int, eight: bool) -> None:
-    """Norm to output, each of the four ways; the error is against the library's."""
+    """Norm to output, both ways; the error is against the library's."""
     case, kind = Block(rows, eight), "FP8" if eight else "bf16"
-    expected = case.layer(0, False, False).clone()
-    for own_qkv, own_out in ((False, False), (True, False), (False, True), (True, True), (False, False)):
-        case.reset()
-        error = relative(case.layer(0, own_qkv, own_out), expected)
-        case.reset()
-        calls = [lambda i=i, q=own_qkv, o=own_out: case.layer(i, q, o) for i in range(case.count)]
-        text = f"norm to o {kind}, qkv {'own' if own_qkv else 'library'}, o {'own' if own_out else 'library'}"
-        note(text, f"{rows}x{WIDTH}", chain(*calls, launches=case.count), error)
+    expected = case.layer(0, False).clone()
+    for own in (False, True, False):
+        case.x.copy_(case.begin)
+        error = relative(case.layer(0, own), expected)
+        case.x.copy_(case.begin)
+        calls = [lambda i=i, own=own: case.layer(i, own) for i in range(min(len(case.qkv), len(case.out)))]
+        text = f"norm to o {kind}, qkv {'own' if own else 'library'}"
+        note(text, f"{rows}x{WIDTH}", chain(*calls, launches=len(calls)), error)
 
 
 def projections(rows: int) -> None:
@@ -199,4 +120,3 @@ def projections(rows: int) -> None:
     for eight in (True, False):
         for heads in (8, 0):
             guarded(qkv, rows, heads, eight)
-        guarded(output, rows, eight)
