@@ -9,7 +9,7 @@
 //
 // As in hopper_product.cu: one tile a block, a ring of STAGES (128 bytes of K each), the first tiles of W on their way
 // before the kernel in front has ended, one warp that copies and two warpgroups that multiply. Blocks do not share their
-// tiles: clusters that read each once were slower.
+// tiles: clusters that read each once were slower for most shapes.
 //
 // Macros: SIZE (bytes of an element of x and W), NT, STAGES, CACHE8 (the caches are E4M3, not bf16), PDL, SPIN_LIMIT.
 // wgmma_common.cu comes first, and before it ``product`` for SIZE and NT (hopper_product.py).
