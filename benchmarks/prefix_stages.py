@@ -8,13 +8,9 @@ Microseconds are medians over replays of a graph of several launches in a chain,
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
-import time
-import traceback
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from hybrid_policy.kernels import gate_up_product as gate_up
@@ -24,53 +20,12 @@ from hybrid_policy.kernels import vision_attention as vision
 from hybrid_policy.kernels.attention import Attention, AttentionPlan, attention_reference
 from hybrid_policy.kernels.prefix_attention import PrefixAttention
 from hybrid_policy.runtime import static_scales
+from prefix_projections import projections
+from stage_rows import ROWS, chain, guarded, layers, note, relative, write
 
 DEVICE = torch.device("cuda")
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
-ROWS: list[dict[str, object]] = []
 ONLY_OWN = "--only-own" in sys.argv
-
-
-def chain(*calls, launches=12, replays=15) -> float:
-    """Median microseconds a launch."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for i in range(launches):
-            calls[i % len(calls)]()
-    times = []
-    for _ in range(replays + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / launches)
-    return float(np.median(times[3:]))
-
-
-def note(what: str, shape: str, microseconds: float, error: float = float("nan")) -> None:
-    """One row."""
-    ROWS.append({"what": what, "shape": shape, "microseconds": round(microseconds, 2), "relative_error": error})
-    print(f"{what:44} {shape:22} {microseconds:9.2f} us   error {error:.2e}", flush=True)
-
-
-def guarded(function, *args) -> None:
-    """Go on after a failure."""
-    try:
-        function(*args)
-    except Exception:
-        traceback.print_exc(limit=4)
-        sys.stdout.flush()
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """‖a − b‖ / ‖b‖."""
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def check_attention(rows: int, capacity: int) -> None:
@@ -161,11 +116,6 @@ def vision_product(rows: int, name: str, n: int, k: int) -> None:
     note(f"vision {name} bf16", shape, chain(*bf16, launches=len(ws)))
     error = relative(eight(w8[0]), F.linear(x8.float(), w8[0].float(), None if bias is None else bias.float()))
     note(f"vision {name} FP8", shape, chain(*(lambda w=w: eight(w) for w in w8), launches=len(ws)), error)
-
-
-def layers(nbytes: int) -> int:
-    """How many weights of ``nbytes`` are more than twice an L2 cache of 50 MB, 12 to 48."""
-    return min(48, max(12, -(-110_000_000 // nbytes)))
 
 
 def own_product(rows: int, name: str, n: int, k: int, dtype: torch.dtype) -> None:
@@ -358,7 +308,7 @@ def main() -> int:
     """Check, then time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--parts", default="attention,geglu,gate_up,vision,prefix")
+    parser.add_argument("--parts", default="attention,geglu,gate_up,vision,prefix,projections")
     parser.add_argument("--only-own", action="store_true", help="leave the library's and Triton's out")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -373,18 +323,12 @@ def main() -> int:
                 ("gate_up", gated, rows),
                 ("vision", vision_layer, patches),
                 ("prefix", prefix, rows),
+                ("projections", projections, rows),
             ):
                 if name in parts:
                     guarded(call, size)
     if args.out and ROWS:
-        args.out.mkdir(parents=True, exist_ok=True)
-        about = {
-            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-        }  # fmt: skip
-        with (args.out / "prefix_stages.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*ROWS[0], *about])
-            writer.writeheader()
-            writer.writerows({**row, **about} for row in ROWS)
+        write(args.out / "prefix_stages.csv")
     return 0
 
 

@@ -4,7 +4,7 @@
     ... sanitize.py --group gate_up --group loop=test_expert_loop.py --tool racecheck
 
 Each pair of a tool and a group is one process under compute-sanitizer, all at once; a pair that does not end within
-``--timeout`` is reported so. A group is one of this file's, or NAME=FILE[:EXPRESSION]: the GPU tests of a file of
+``--timeout`` is reported so. A group is one of GROUPS, or NAME=FILE[:EXPRESSION]: the GPU tests of a file of
 tests/kernels (pytest's -k EXPRESSION). Exit code 1 if a tool found something or a pair did not end.
 """
 
@@ -31,13 +31,9 @@ from hybrid_policy.kernels import (
     expert_loop_packing,
     flow_step,
     fp8,
-    gate_up_product,
-    hopper_product,
     nvfp4,
-    prefix_attention,
     qkv,
     tiles,
-    vision_attention,
     wgmma_linear,
 )  # fmt: skip
 from hybrid_policy.kernels.nvfp4_activation import NVFP4Activation
@@ -45,19 +41,9 @@ from hybrid_policy.kernels.stream import StreamWeight
 from hybrid_policy.kernels.stream_layers import interleaved
 from hybrid_policy.kernels.wgmma import WgmmaWeight
 from hybrid_policy.kernels.wgmma_tiles import LinearTile, WgmmaTile
+from sanitized_stages import STAGES, Outputs, normal, poison
 
 TESTS = Path(__file__).resolve().parents[2] / "ros_ws/src/hybrid_policy/tests/kernels"
-Outputs = dict[str, torch.Tensor]
-
-
-def normal(*shape: int) -> torch.Tensor:
-    """Gaussian, on the device."""
-    return torch.randn(*shape, device="cuda")
-
-
-def poison(*shape: int) -> torch.Tensor:
-    """bf16 NaN."""
-    return torch.full(shape, float("nan"), device="cuda", dtype=torch.bfloat16)
 
 
 def gate_up() -> Outputs:
@@ -227,76 +213,9 @@ def flow() -> Outputs:
     return {"actions": x, "next": h}
 
 
-def vision() -> Outputs:
-    """vision_attention: one and two warpgroups, head dimensions with and without a piece of zeros, both outputs."""
-    outs: Outputs = {}
-    for tokens, heads, head_dim in ((256, 2, 72), (64, 2, 64), (192, 1, 40)):
-        stacked = normal(tokens, 3 * heads * head_dim).bfloat16()
-        for scale in (None, 0.02):
-            name = f"{tokens} x {head_dim}, {'bf16' if scale is None else 'FP8'}"
-            outs[name] = vision_attention.vision_attention(stacked, heads, tokens, scale, pdl=scale is not None)
-    return outs
-
-
-def prefix() -> Outputs:
-    """prefix_attention: tiles that turn over, ranks with one tile more than others and with none, a ragged row tile."""
-    outs: Outputs = {}
-    capacity = 330
-    for tokens, heads, valid_keys, clusters in ((17, 8, 311, (1, 2, 3)), (5, 4, 3, (3,))):
-        q, k, v = normal(tokens, heads, 256), normal(capacity, 1, 256), normal(capacity, 1, 256)
-        q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
-        valid = torch.tensor([valid_keys], dtype=torch.int32, device="cuda")
-        for cluster in clusters:
-            call = prefix_attention.PrefixAttention(
-                tokens, heads, capacity, q.device, cluster=cluster, pdl=cluster == 2
-            )
-            out, scale = poison(tokens, heads, 256), torch.full((tokens,), float("nan"), device="cuda")
-            eight = torch.empty(out.shape, device="cuda", dtype=torch.float8_e4m3fn)
-            call(q, k, v, valid, 0, out)
-            call(q, k, v, valid, 0, eight, out_scale=scale)
-            outs |= {f"{heads} heads, {cluster}": out, f"{heads} heads, {cluster}, FP8": eight}
-            outs[f"{heads} heads, {cluster}, scale"] = scale
-    return outs
-
-
-def product() -> Outputs:
-    """hopper_product: both formats, all epilogues, every cluster; rings that turn over; ragged rows and columns."""
-    outs: Outputs = {}
-    m, n = 150, 136
-    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
-        k = 5 * 128 // dtype.itemsize + 16
-        x, w, bias = normal(m, k).to(dtype), normal(n, k).to(dtype), normal(n).bfloat16()
-        for cm, cn in ((1, 1), (1, 2), (2, 1), (2, 2)):
-            plan = hopper_product.ProductPlan(32 if cm == 1 else 64, cm, cn, 3)
-            for gelu, scale in ((False, None), (True, None), (True, 0.02)):
-                out = hopper_product.hopper_product(
-                    x, w, bias=bias if gelu else None, gelu=gelu, out_scale=scale, plan=plan, pdl=gelu
-                )
-                outs[f"{dtype}, {cm}x{cn}, gelu {gelu}, {out.dtype}"] = out
-    return outs
-
-
-def gated() -> Outputs:
-    """gate_up_product: both formats, rings that turn over, one piece of staging and two, ragged tokens and features."""
-    outs: Outputs = {}
-    for eight in (True, False):
-        dtype = torch.float8_e4m3fn if eight else torch.bfloat16
-        for m, features, k, nt in ((37, 16, 144, 40), (70, 400, 400, 72), (150, 272, 784, 144)):
-            x, w = normal(m, k).to(dtype), normal(2 * features, k).to(dtype)
-            scales = {}
-            if eight:
-                squares = x.float().square().sum(1)
-                scales = {"row_scale": torch.ones(m, device="cuda"), "squares": squares, "out_scale": squares.clone()}
-            for cluster in (1, 2):
-                plan = gate_up_product.make_plan(eight, nt, cluster=cluster)
-                name = f"{dtype}, {m} x {features} x {k}, cluster {cluster}"
-                outs[name] = gate_up_product.gate_up_product(x, w, **scales, pdl=cluster == 2, plan=plan)
-    return outs
-
-
 GROUPS: dict[str, Callable[[], Outputs]] = {
     "gate_up": gate_up, "down": down, "stream": stream, "rows": rows, "expert": expert_layer, "loop": loop,
-    "flow": flow, "gated": gated, "vision": vision, "prefix_attention": prefix, "product": product,
+    "flow": flow, **STAGES,
 }  # fmt: skip
 #: Kernels that have their own GPU tests, sanitised through these.
 TEST_GROUPS = (

@@ -49,13 +49,6 @@ struct alignas(64) Arguments {
     float weight_scale, out_factor;
 };
 
-// Until the barrier's phase has passed. With SPIN_LIMIT (tests) it gives up, and results are wrong: with a trap here, as
-// in ``wait``, the compiler no longer counts on setmaxnreg, and products wait for each other.
-__device__ __forceinline__ void await(u32 bar, u32 parity) {
-    for (u32 polls = 0; !passed(bar, parity); polls++)
-        if (SPIN_LIMIT && polls > SPIN_LIMIT) break;
-}
-
 struct Ring {
     u32 stage = 0, phase = 0;
     __device__ __forceinline__ void next() {

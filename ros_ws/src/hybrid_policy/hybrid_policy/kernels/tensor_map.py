@@ -31,6 +31,18 @@ def paired_map(matrix: torch.Tensor, rows: int) -> bytes:
     return _encode(matrix.data_ptr(), matrix.dtype, shape, strides, (128 // size, 8, 2, rows // 16), 128)
 
 
+def halves_map(matrix: torch.Tensor, head_dim: int) -> bytes:
+    """128 bytes: boxes of 64 rows of one head of a contiguous [heads * head_dim, K], 128 bytes of columns, swizzled.
+
+    Eights of the first half of a head's rows and of the second take turns: dims 8i to 8i + 7, then their partners, for
+    four i. The coordinates are (column, 0, 0, i, head); head_dim is a multiple of 64.
+    """
+    (m, k), size = matrix.shape, matrix.dtype.itemsize
+    half, row = head_dim // 2, k * size
+    shape, strides = (k, 8, 2, half // 8, m // head_dim), (row, half * row, 8 * row, head_dim * row)
+    return _encode(matrix.data_ptr(), matrix.dtype, shape, strides, (128 // size, 8, 2, 4, 1), 128)
+
+
 @functools.lru_cache(maxsize=1024)
 def _encode(
     address: int,

@@ -1,6 +1,7 @@
 // Hopper's building blocks (sm_90a), behind cuda_common.cu: barriers, bulk and tensor copies, operands, NVFP4 decode.
 //
-// Every wait is a poll of an mbarrier's phase. With SPIN_LIMIT > 0 (tests) a poll that never ends traps.
+// Every wait is a poll of an mbarrier's phase. With SPIN_LIMIT > 0 (tests) a poll that never ends traps, or (await) is
+// given up.
 
 #ifndef SPIN_LIMIT
 #define SPIN_LIMIT 0
@@ -35,6 +36,13 @@ __device__ __forceinline__ void wait(u32 bar, u32 parity) {
     while (!passed(bar, parity)) {
     }
 #endif
+}
+
+// Until the barrier's phase has passed. With SPIN_LIMIT (tests) it gives up, and results are wrong: with a trap here, as
+// in ``wait``, the compiler no longer counts on setmaxnreg, and products wait for each other.
+__device__ __forceinline__ void await(u32 bar, u32 parity) {
+    for (u32 polls = 0; !passed(bar, parity); polls++)
+        if (SPIN_LIMIT && polls > SPIN_LIMIT) break;
 }
 
 // barrier ``id`` of ``threads`` of this block

@@ -19,11 +19,13 @@ from hybrid_policy.kernels.flow_step import Guide
 from hybrid_policy.kernels.gate_up import NormPrologue, PackedGateUp
 from hybrid_policy.kernels.gate_up_product import gate_up_product
 from hybrid_policy.kernels.hopper_product import hopper_product, pays
+from hybrid_policy.kernels.norm_product import norm_product
 from hybrid_policy.kernels.prefix_attention import PrefixAttention
 from hybrid_policy.kernels.prefix_inputs import padded_patch
 from hybrid_policy.kernels.qkv import rope_tables
+from hybrid_policy.kernels.qkv_product import qkv_product
 from hybrid_policy.models.flow import step_times
-from hybrid_policy.runtime.device_weights import DeviceWeights, GemmaLayer
+from hybrid_policy.runtime.device_weights import DeviceWeights, GemmaLayer, VisionLayer
 from hybrid_policy.runtime.projection import Projection
 from hybrid_policy.runtime.rtc import RealTimeChunking
 from hybrid_policy.runtime.stages import GLUE, StageTable
@@ -105,11 +107,17 @@ class DeviceModel:
             h = self._layer_normed(layer.norm1, layer.qkv.input_dtype, addend, bias)
             qkv = self._vision_product(layer.qkv, h)
             seen = self._glue["vision_attention"](qkv, config.heads, self.config.image_tokens, layer.seen_scale)
-            addend, bias = self._vision_product(layer.out, seen), layer.out_bias
-            h = self._layer_normed(layer.norm2, layer.fc1.input_dtype, addend, bias)
+            h = self._vision_out(layer, seen)
             act = self._vision_product(layer.fc1, h, gelu=True, out_scale=layer.fc2.input_scale)
             addend, bias = self._vision_product(layer.fc2, act), layer.fc2_bias
         w.projector(self._layer_normed(w.post_norm, w.dtype, addend, bias), out=self.features)
+
+    def _vision_out(self, layer: VisionLayer, seen: Tensor) -> Tensor:
+        """The product behind attention onto vision_x, then its norm: in one launch where both are FP8."""
+        whole, dtype = layer.out.whole(), layer.fc1.input_dtype
+        if self.table.vision_norm == "out" and whole is not None and whole[0].dtype == dtype == torch.float8_e4m3fn:
+            return norm_product(seen, *whole, self.vision_x, layer.norm2, layer.out_bias, pdl=self.table.pdl)
+        return self._layer_normed(layer.norm2, dtype, self._vision_product(layer.out, seen), layer.out_bias)
 
     def _vision_product(
         self, product: Projection, x: Tensor, *, gelu: bool = False, out_scale: float | None = None
@@ -148,8 +156,7 @@ class DeviceModel:
             h, scale = self._normed(x, layer.qkv, layer.norm1, addend, row_scale)
             heads = 0 if last else gemma.heads
             q = torch.empty(rows, heads, gemma.head_dim, dtype=w.dtype, device=self.device)
-            keys, values = self.keys[i], self.values[i]
-            self._glue["rope_split"](layer.qkv(h), q, keys, values, self.tables, None, row_scale=scale)
+            self._prefix_qkv(h, scale, layer.qkv, q, i)
             if last:
                 break
             addend, row_scale = self._attend(q, i, 0, attention, layer, inputs)
@@ -158,6 +165,15 @@ class DeviceModel:
                 continue
             h, scale = self._normed(x, layer.mlp_in, layer.norm2, addend, row_scale)
             addend, row_scale = self._mlp(h, scale, layer)
+
+    def _prefix_qkv(self, h: Tensor, scale: Tensor | None, product: Projection, q: Tensor, i: int) -> None:
+        """Queries, keys and values of layer ``i``, turned and in their places."""
+        places, held = (q, self.keys[i], self.values[i], self.tables, None), product.held()
+        if self.table.qkv == "hopper" and held is not None:
+            weight, factor = held
+            qkv_product(h, weight, *places, row_scale=scale, scale=factor, pdl=self.table.pdl)
+            return
+        self._glue["rope_split"](product(h), *places, row_scale=scale)
 
     def _gated(
         self, x: Tensor, layer: GemmaLayer, addend: Tensor, row_scale: Tensor | None

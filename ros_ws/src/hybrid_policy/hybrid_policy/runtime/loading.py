@@ -12,7 +12,15 @@ from torch import nn
 
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import expert as expert_kernels
-from hybrid_policy.kernels import expert_loop, gate_up_product, hopper_product, prefix_attention, vision_attention
+from hybrid_policy.kernels import (
+    expert_loop,
+    gate_up_product,
+    hopper_product,
+    norm_product,
+    prefix_attention,
+    qkv_product,
+    vision_attention,
+)
 from hybrid_policy.models.checkpoint import Checkpoint
 from hybrid_policy.models.config import Pi05Config
 from hybrid_policy.models.pi05 import EXPERT, keeps_float32
@@ -184,9 +192,9 @@ def choose_table(
 ) -> StageTable:
     """The stages' implementations.
 
-    wgmma's prefix attention and gate and up on Hopper, else Triton's and the library's. For the expert: one launch a
-    flow step on Hopper, else the cluster kernels, where device, shapes, precisions and cache allow them, else Triton's
-    fused kernels; split stages where real-time chunking needs a modulation a row.
+    wgmma's kernels for vision and prefix on Hopper, else Triton's and the library's. For the expert: one launch a flow
+    step on Hopper, else the cluster kernels, where device, shapes, precisions and cache allow them, else Triton's fused
+    kernels; split stages where real-time chunking needs a modulation a row.
 
     The variable HYBRID_POLICY_STAGES overrides single stages (see `stages.parse_table`), for comparisons.
     """
@@ -203,8 +211,12 @@ def choose_table(
         table = dataclasses.replace(table, vision_attention="reference")
     if not all(hopper_product.fits(capability, n, k) for n, k in vision_shapes(config)):
         table = dataclasses.replace(table, vision_product="library")
+    if table.vision_product != "hopper" or not norm_product.fits(capability, config.vision.width, config.vision.width):
+        table = dataclasses.replace(table, vision_norm="apart")
     if not gate_up_product.fits(capability, prefix.mlp_dim, prefix.width):
         table = dataclasses.replace(table, gate_up="library")
+    if not qkv_product.fits(capability, prefix.heads, prefix.kv_heads, prefix.head_dim, prefix.width, cache):
+        table = dataclasses.replace(table, qkv="library")
     if rtc.mode == "prefix":
         return dataclasses.replace(table, expert="split")
     if table.expert != "loop" or "expert=" in text:

@@ -26,13 +26,15 @@ GLUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "rope_split": (qkv.rope_split_reference, qkv.rope_split),
     "flow_step": (flow_step.flow_step_reference, flow_step.flow_step),
 }
-STAGES = (*GLUE, "attention", "prefix_attention", "vision_product", "gate_up", "expert")
+STAGES = (*GLUE, "attention", "prefix_attention", "vision_product", "vision_norm", "gate_up", "qkv", "expert")
 #: what the stages that are no glue may be
 _CHOICES = {
     "expert": ("loop", "cluster", "fused", "split"),
     "prefix_attention": ("hopper", "kernel", "reference"),
     "vision_product": ("hopper", "library"),
+    "vision_norm": ("out", "apart"),
     "gate_up": ("hopper", "library"),
+    "qkv": ("hopper", "library"),
     "pdl": ("on", "off"),
 }
 
@@ -44,8 +46,13 @@ class StageTable:
     ``expert`` is ``loop`` (kernels/expert_loop.py), ``cluster`` (kernels/expert.py), ``fused`` (Triton) or ``split``
     (norm, GEMM, glue). ``prefix_attention`` is ``hopper`` (kernels/prefix_attention.py), or as ``attention``.
     ``vision_product``: vision's products by ``hopper`` (kernels/hopper_product.py), where that pays, or the library.
+    ``vision_norm``: vision's residual and norm behind attention in the launch of ``out``, the product before them
+    (kernels/norm_product.py; layers whose ``out`` and fc1 are FP8, the others as with ``apart``), or ``apart`` in a
+    launch of their own. Those behind fc2 always are: together took longer.
     ``gate_up``: the prefix's gate and up with their GeGLU in one launch (``hopper``, kernels/gate_up_product.py; layers
     that it does not take by the library all the same), or by the library and a pass behind it.
+    ``qkv``: the prefix's queries, keys and values with their RoPE in one launch (``hopper``, kernels/qkv_product.py),
+    or by the library and ``rope_split`` behind it, as are FP8 weights with several scales either way.
 
     pdl: kernels may start before their predecessor ends (programmatic dependent launch).
     """
@@ -62,7 +69,9 @@ class StageTable:
     attention: Implementation = "kernel"
     prefix_attention: Literal["hopper", "kernel", "reference"] = "hopper"
     vision_product: Literal["hopper", "library"] = "hopper"
+    vision_norm: Literal["out", "apart"] = "out"
     gate_up: Literal["hopper", "library"] = "hopper"
+    qkv: Literal["hopper", "library"] = "hopper"
     expert: Literal["loop", "cluster", "fused", "split"] = "loop"
     pdl: bool = True
 
@@ -109,7 +118,8 @@ class StageTable:
 def plain_table() -> StageTable:
     """Everything in plain PyTorch around library GEMMs: what the kernels are compared with."""
     plain: dict[str, Any] = dict.fromkeys((*GLUE, "attention", "prefix_attention"), "reference")
-    return StageTable(**plain, vision_product="library", gate_up="library", expert="split", pdl=False)
+    library: dict[str, Any] = dict.fromkeys(("vision_product", "gate_up", "qkv"), "library")
+    return StageTable(**plain, **library, vision_norm="apart", expert="split", pdl=False)
 
 
 def parse_table(text: str) -> StageTable:

@@ -137,7 +137,9 @@ def middle(tmp_path_factory):
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "seed", "fp8", "h100"])
-@pytest.mark.parametrize("table", ["", "expert=fused", "expert=split", "gate_up=library"])
+@pytest.mark.parametrize(
+    "table", ["", "expert=fused", "expert=split", "gate_up=library", "qkv=library", "vision_norm=apart"]
+)
 def test_expert_kernels_agree_with_the_cpu_reference(middle, monkeypatch, recipe, table):
     from hybrid_policy.models.processors import ModelInputs
 
@@ -156,18 +158,22 @@ def test_expert_kernels_agree_with_the_cpu_reference(middle, monkeypatch, recipe
     on_device = Engine.from_checkpoint(middle, recipe, "cuda", rtc=OFF)
     if table == "":
         assert "expert cluster" in on_device.description
-        assert "gate_up hopper" in on_device.description or torch.cuda.get_device_capability() != (9, 0)
+        if torch.cuda.get_device_capability() == (9, 0):
+            for choice in ("vision_norm out", "gate_up hopper", "qkv hopper"):
+                assert choice in on_device.description
     result, _ = on_device.run(inputs, noise)
     assert relative(result, expected) < (1e-2 if recipe == "bf16" else 4e-2)
     np.testing.assert_array_equal(on_device.run(inputs, noise)[0], result)
 
 
-def test_the_prefix_cache_in_fp8(middle):
+@pytest.mark.parametrize("table", ["", "qkv=library"])
+def test_the_prefix_cache_in_fp8(middle, monkeypatch, table):
     import dataclasses
 
     from hybrid_policy.models.processors import ModelInputs
     from hybrid_policy.runtime.recipe import load_recipe
 
+    monkeypatch.setenv("HYBRID_POLICY_STAGES", table)
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (2, 56, 56, 3), dtype=np.uint8)
     tokens = random.integers(1, 256, 64)
@@ -177,6 +183,8 @@ def test_the_prefix_cache_in_fp8(middle):
     on_device = Engine.from_checkpoint(middle, recipe, "cuda", rtc=OFF)
     assert "expert fused" in on_device.description
     assert "prefix_attention kernel" in on_device.description
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert (table or "qkv=hopper").replace("=", " ") in on_device.description
     exact, _ = Engine.from_checkpoint(middle, "float32", "cpu", rtc=OFF).run(inputs, noise)
     result, _ = on_device.run(inputs, noise)
     assert 1e-4 < relative(result, exact) < 6e-2

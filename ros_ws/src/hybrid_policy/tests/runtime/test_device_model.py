@@ -7,6 +7,8 @@ import pytest
 import torch
 from hybrid_policy.kernels.flow_step import Guide
 from hybrid_policy.kernels.gate_up_product import gate_up_reference
+from hybrid_policy.kernels.norm_product import norm_product_reference
+from hybrid_policy.kernels.qkv_product import qkv_product_reference
 from hybrid_policy.models.checkpoint import open_checkpoint
 from hybrid_policy.runtime import device_model
 from hybrid_policy.runtime.backend import Guidance
@@ -90,6 +92,41 @@ def test_fp8_launches_agree_with_the_fp8_sites(vision, tmp_path):
     assert error < 2e-2  # the same arithmetic; roundings of activations fall differently
 
 
+def norm_product_on_the_cpu(a, weight, scale, x, norm, bias, *, pdl=False):
+    """What norm_product.py makes of its arguments."""
+    total, normed = norm_product_reference(a, weight, scale, x, norm, bias)
+    x.copy_(total)
+    assert normed.abs().amax() <= 448
+    return normed.to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("vision", "together"),
+    [({"": "fp8_w8a8"}, True), ({"": "bf16"}, False), ({"": "fp8_w8a8", ".mlp": "bf16"}, False)],
+)
+def test_vision_norms_in_the_launch_before(vision, together, tmp_path, monkeypatch):
+    calls = []
+    own = lambda *a, **k: calls.append(1) or norm_product_on_the_cpu(*a, **k)  # noqa: E731
+    monkeypatch.setattr(device_model, "norm_product", own)
+    recipe = tmp_path / "mine.yaml"
+    sites = ", ".join(f"'*vision_tower*{part}*': {precision}" for part, precision in vision.items())
+    recipe.write_text(f"include: fp8\nsites: {{{sites}}}\n")
+    inputs, noise, _ = golden_case(0)
+    model = build(recipe)
+    given = inputs_of(model, inputs, noise)
+    with torch.inference_mode():
+        model.run_vision(given)
+    expected, stream = model.features.clone(), model.vision_x.clone()
+    assert not calls
+    model.table = dataclasses.replace(model.table, vision_norm="out")
+    with torch.inference_mode():
+        model.run_vision(given)
+    assert len(calls) == (len(model.weights.vision) if together else 0)
+    for ours, theirs in ((model.features, expected), (model.vision_x, stream)):
+        # the same arithmetic; a value here and there rounds to its neighbour
+        assert float((ours - theirs).norm() / theirs.norm()) < 2e-2
+
+
 def gate_up_on_the_cpu(x, weight, *, row_scale=None, squares=None, out_scale=None, out_factor=1.0, pdl=False, **scale):
     """What gate_up_product.py makes of its arguments."""
     result = gate_up_reference(x, weight, row_scale=row_scale, **scale)
@@ -118,6 +155,26 @@ def test_gate_and_up_in_one_launch(recipe, down, taken, tmp_path, monkeypatch):
     assert not calls
     result = run(model, inputs_of(model, inputs, noise))
     assert len(calls) == (len(model.weights.prefix) - 1 if taken else 0)
+    error = np.linalg.norm(result - expected) / np.linalg.norm(expected)
+    assert error < (1e-4 if recipe == "bf16" else 2e-2)  # other roundings of the activations
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8"])
+def test_q_k_v_in_one_launch(recipe, monkeypatch):
+    calls = []
+
+    def qkv(*args, pdl, **options):
+        calls.append(1)
+        qkv_product_reference(*args, **options)
+
+    monkeypatch.setattr(device_model, "qkv_product", qkv)
+    inputs, noise, _ = golden_case(0)
+    model = build(recipe)
+    expected = run(model, inputs_of(model, inputs, noise))
+    assert not calls
+    model.table = dataclasses.replace(model.table, qkv="hopper")
+    result = run(model, inputs_of(model, inputs, noise))
+    assert len(calls) == len(model.weights.prefix)
     error = np.linalg.norm(result - expected) / np.linalg.norm(expected)
     assert error < (1e-4 if recipe == "bf16" else 2e-2)  # other roundings of the activations
 

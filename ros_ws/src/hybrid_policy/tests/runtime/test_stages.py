@@ -19,10 +19,11 @@ def test_tables_by_text():
     table = parse_table("expert=fused,add_norm=reference,pdl=off")
     assert (table.expert, table.add_norm, table.pdl) == ("fused", "reference", False)
     assert "expert fused" in table.describe()
+    assert (table.vision_norm, parse_table("vision_norm=apart").vision_norm) == ("out", "apart")
     assert "no pdl" in table.describe()
 
 
-@pytest.mark.parametrize("text", ["expert=quick", "nothing=kernel", "pdl=kernel", "expert"])
+@pytest.mark.parametrize("text", ["expert=quick", "nothing=kernel", "pdl=kernel", "expert", "vision_norm=product"])
 def test_unknown_stages_are_named(text):
     with pytest.raises(InputError, match="stages"):
         parse_table(text)
@@ -46,6 +47,26 @@ def test_the_table_follows_from_recipe_and_mode():
     off = RealTimeChunking("off")
     assert choose(dataclasses.replace(bf16, prefix_cache="fp8"), off).expert == "fused"
     assert choose(load_recipe("w4a4"), off).expert == "fused"
+
+
+def table_on_hopper(monkeypatch, recipe="h100", stages=""):
+    monkeypatch.setenv("HYBRID_POLICY_STAGES", stages)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    precisions = load_recipe(recipe).assign(model_sites(PI05_FULL))
+    return choose_table(RealTimeChunking("prefix"), load_recipe(recipe), PI05_FULL, precisions, torch.device("cuda"))
+
+
+def test_hopper_takes_its_own_kernels(monkeypatch):
+    table = table_on_hopper(monkeypatch)
+    assert (table.vision_product, table.vision_norm, table.gate_up, table.qkv) == ("hopper", "out", "hopper", "hopper")
+    assert table_on_hopper(monkeypatch, stages="qkv=library").qkv == "library"
+    assert table_on_hopper(monkeypatch, stages="vision_product=library").vision_norm == "apart"
+
+
+def test_a_device_that_does_not_fit_takes_the_library():
+    table = choose(load_recipe("bf16"), RealTimeChunking("prefix"))
+    assert (table.vision_product, table.vision_norm) == ("library", "apart")
+    assert (table.gate_up, table.qkv) == ("library", "library")
 
 
 def test_outer_dimensions_that_fp8_does_not_take():
