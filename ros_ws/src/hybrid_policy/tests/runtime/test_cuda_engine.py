@@ -136,7 +136,7 @@ def middle(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "seed", "fp8", "h100"])
+@pytest.mark.parametrize("recipe", ["bf16", "seed", "fp8", "h100", "hybrid"])
 @pytest.mark.parametrize(
     "table", ["", "expert=fused", "expert=split", "gate_up=library", "qkv=library", "vision_norm=apart"]
 )

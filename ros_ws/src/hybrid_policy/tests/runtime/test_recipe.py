@@ -26,7 +26,7 @@ def test_sites_of_the_full_model(sites):
     assert sites[LAYER + "mlp.down_proj"] == (1024, 4096)
 
 
-@pytest.mark.parametrize("name", ["float32", "bf16", "seed", "fp8", "w4a4", "h100"])
+@pytest.mark.parametrize("name", ["float32", "bf16", "seed", "fp8", "w4a4", "h100", "hybrid"])
 def test_shipped_recipes_fit_the_full_model(sites, name):
     assert set(load_recipe(name).assign(sites)) == set(sites)
 
