@@ -327,13 +327,10 @@ def measure(config, source, recipe, case, tokens, views, expected, args) -> dict
     del backend
     free()
     recipe_file = load_recipe(recipe)
-    one = CudaBackend(
-        weights, table, OFF, recipe_file.prefix_cache, name=recipe, timing=False,
-        buckets=tuple(
-            b for b in row_buckets(views, config.image_tokens, config.max_token_len)
-            if b >= views * config.image_tokens + tokens
-        )[:1],
-    )  # fmt: skip
+    wanted = views * config.image_tokens + tokens
+    buckets = tuple(b for b in row_buckets(views, config.image_tokens, config.max_token_len) if b >= wanted)[:1]
+    with torch.inference_mode():
+        one = CudaBackend(weights, table, OFF, recipe_file.prefix_cache, name=recipe, timing=False, buckets=buckets)
     seconds, _ = time_backend(one, config, tokens, args.replays)
     row |= percentiles(seconds)
     row |= {f"device_{key}": value for key, value in percentiles(time_graph(one, config, tokens, args.replays)).items()}

@@ -177,7 +177,9 @@ def loop() -> Outputs:
     tokens, actions, capacity, layers, steps = 16, 32, 40, 2, 2
     hybrid = {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "e4m3"}
     for formats in (hybrid, *(dict.fromkeys(expert_loop_packing.STAGES, fmt) for fmt in ("bf16", "w8a8"))):
-        call = expert_loop.ExpertLoop(layers, steps, tokens, actions, capacity, formats, torch.device("cuda"))
+        call = expert_loop.ExpertLoop(
+            layers, steps, tokens, actions, capacity, formats, torch.device("cuda"), macros={"PATIENCE": 1 << 30}
+        )
         width = expert_loop_packing.WIDTH
         for i in range(layers):
             for stage, (rows, k, _) in expert_loop_packing.STAGES.items():

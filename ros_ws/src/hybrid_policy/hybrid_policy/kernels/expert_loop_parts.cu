@@ -7,7 +7,9 @@
 constexpr int NT = MT / 8;             // token tiles of a product
 constexpr int GROUPS = 2, WARPS = 4 * GROUPS, WORKERS = 32 * WARPS;  // warpgroups of a block
 constexpr u32 EMPTY = 0xffffffffu;     // a word of mail that nobody has written: no product, no NaN of the hardware's has it
-constexpr u32 PATIENCE = 1u << 23;     // polls before a wait is called a hang (seconds)
+#ifndef PATIENCE
+#define PATIENCE (1u << 23)            // polls before a wait is called a hang (seconds); a sanitizer wants more
+#endif
 
 constexpr bool EIGHT = FORMAT_DOWN == 3;  // weights and activations in E4M3
 static_assert(!EIGHT || (FORMAT_QKV == 3 && FORMAT_O == 3 && FORMAT_GATE_UP == 3), "all stages, or none");
