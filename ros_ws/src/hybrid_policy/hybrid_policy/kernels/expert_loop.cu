@@ -201,7 +201,8 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                             continue;
                         }
                         // with the lane of g ^ 2, which has the next two features, one trades for four of one of two tiles
-                        const u32 pair = pack_e4m3(geglu_of_half(gates[0], ups[0]), geglu_of_half(gates[1], ups[1]), 0.0f, 0.0f);  // ups as ExpertLoop.pack leaves them
+                        // (ups are halved, and divided by their scale: ExpertLoop.pack)
+                        const u32 pair = pack_e4m3(geglu_of_half(gates[0], ups[0]), geglu_of_half(gates[1], ups[1]), 0.0f, 0.0f);
                         const u32 first = n % 2 ? before : pair, second = n % 2 ? pair : 0;
                         before = pair;
                         if (n % 2 == 0 && n + 1 < tiles) continue;

@@ -20,7 +20,7 @@ constexpr int SIZE = EIGHT ? 1 : 2;  // bytes of an activation
 __device__ __forceinline__ void give_up() { asm volatile("st.global.u32 [%0], %1;" ::"l"(0ull), "r"(0) : "memory"); }
 
 // A warpgroup meets at an mbarrier, not at a named one: racecheck loses sight of the workers' named barrier while a part of
-// them is at another (20 reports that were none; it costs half a percent).
+// them is at another, and reported 20 races that were none. It costs half a percent.
 __shared__ u64 meetings[GROUPS];
 
 __device__ __forceinline__ void group_barrier(int group) {
@@ -232,21 +232,24 @@ struct Taken {  // a lane's share of two blocks, on its way: products run while 
 
 #define D4(i) "+f"(d[4 * i]), "+f"(d[4 * i + 1]), "+f"(d[4 * i + 2]), "+f"(d[4 * i + 3])
 
-__device__ __forceinline__ void warpgroup_mma(float (&d)[4 * NT], const u32 (&a)[4], u64 b) {
+#define FIRST_28 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27"
 #if MT == 56
-    asm volatile("wgmma.mma_async.sync.aligned.m64n56k16.f32.bf16.bf16 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-                 "%22, %23, %24, %25, %26, %27}, {%28, %29, %30, %31}, %32, 1, 1, 1, 0;"
-                 : D4(0), D4(1), D4(2), D4(3), D4(4), D4(5), D4(6)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#define MMA_SHAPE "wgmma.mma_async.sync.aligned.m64n56k"
+#define MMA_OPERANDS " {" FIRST_28 "}, {%28, %29, %30, %31}, %32, "
+#define MMA_SUMS D4(0), D4(1), D4(2), D4(3), D4(4), D4(5), D4(6)
 #else
-    static_assert(MT == 64, "token tiles");
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-                 "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
-                 : D4(0), D4(1), D4(2), D4(3), D4(4), D4(5), D4(6), D4(7)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+static_assert(MT == 64, "token tiles");
+#define MMA_SHAPE "wgmma.mma_async.sync.aligned.m64n64k"
+#define MMA_OPERANDS " {" FIRST_28 ", %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, "
+#define MMA_SUMS D4(0), D4(1), D4(2), D4(3), D4(4), D4(5), D4(6), D4(7)
 #endif
+
+// d += a b: 16 values of K in bf16, or 32 in E4M3 on both sides (FORMAT 3)
+template <int FORMAT> __device__ __forceinline__ void warpgroup_mma(float (&d)[4 * NT], const u32 (&a)[4], u64 b) {
+    if constexpr (FORMAT == 3)
+        asm volatile(MMA_SHAPE "32.f32.e4m3.e4m3" MMA_OPERANDS "1, 1, 1;" : MMA_SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    else
+        asm volatile(MMA_SHAPE "16.f32.bf16.bf16" MMA_OPERANDS "1, 1, 1, 0;" : MMA_SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 // GeGLU, u halved before. tanh.approx errs by 2^-11, E4M3 by 2^-4.
@@ -264,23 +267,6 @@ __device__ __forceinline__ u32 two_e4m3(float a, float b) {
 __device__ __forceinline__ u32 four_e4m3(float a, float b, float c, float d) {
     const u32 v = pack_e4m3(a, b, c, d);
     return fmaxf(fmaxf(fabsf(a), fabsf(b)), fmaxf(fabsf(c), fabsf(d))) <= 448.0f ? v : 0x7f7f7f7fu;
-}
-
-// The same for 32 values of K in E4M3 on both sides
-__device__ __forceinline__ void warpgroup_mma_e4m3(float (&d)[4 * NT], const u32 (&a)[4], u64 b) {
-#if MT == 56
-    asm volatile("wgmma.mma_async.sync.aligned.m64n56k32.f32.e4m3.e4m3 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-                 "%22, %23, %24, %25, %26, %27}, {%28, %29, %30, %31}, %32, 1, 1, 1;"
-                 : D4(0), D4(1), D4(2), D4(3), D4(4), D4(5), D4(6)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#else
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-                 "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1;"
-                 : D4(0), D4(1), D4(2), D4(3), D4(4), D4(5), D4(6), D4(7)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#endif
 }
 
 // One k step of the A operand from a lane's words. E4M3: a word holds (k8; r8, e), by halves e: row 2g's sign and magnitude
@@ -335,9 +321,9 @@ struct Words {
 };
 
 // d += W x over ``pieces`` of the ring, of which ``words`` has the first, and has the next one then, unless they are the stage's
-// last; x: shared address of the first block of 64 columns. No branch comes between products and their end: they read their
-// registers while they run, and behind a branch the assembler gives those to others. Nothing is under way from piece to piece: else the compiler moves the sums elsewhere behind the loop before they are
-// there.
+// last; x: shared address of the first block of 128 bytes a token. No branch comes between products and their end: they read
+// their registers while they run, and behind a branch the assembler gives those to others. Nothing is under way from piece to
+// piece: else the compiler moves the sums elsewhere behind the loop before they are there.
 template <int FORMAT>
 __device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& ring, u32 x, u32 pieces, bool last, u32 warp, u32 lane) {
     // an instruction takes 32 bytes of a token's row, a block of 128 bytes four
@@ -362,9 +348,7 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& 
 #pragma unroll
             for (int k = 0; k < BATCH; k++) {
                 const int step = i * BATCH + k;
-                const u64 b = (u64)HIGH << 32 | (here + (step / 4 * (MT * 128) + step % 4 * 32 >> 4));
-                if constexpr (FORMAT == 3) warpgroup_mma_e4m3(d, a[k], b);
-                else warpgroup_mma(d, a[k], b);
+                warpgroup_mma<FORMAT>(d, a[k], (u64)HIGH << 32 | (here + (step / 4 * (MT * 128) + step % 4 * 32 >> 4)));
             }
             if (DECODES || i + 1 == LOADS) products_commit();
             if (DECODES && i >= 1 && i + 1 < LOADS) products_wait<1>();  // the registers of the batch before are free
