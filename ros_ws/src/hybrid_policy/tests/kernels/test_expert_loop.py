@@ -96,7 +96,7 @@ def test_every_weight_has_one_warp(stage):
     assert (seen == 1).all()
 
 
-@pytest.mark.parametrize("formats", [HYBRID, SEED, BF16], ids=["hybrid", "seed", "bf16"])
+@pytest.mark.parametrize("formats", [HYBRID, SEED, BF16, FP8], ids=["hybrid", "seed", "bf16", "fp8"])
 @pytest.mark.parametrize("capacity", [610, 762, 1018])
 def test_full_size_has_a_plan(formats, capacity):
     plan = expert_loop.plan_loop(50, capacity, formats, H100_LIMIT)
@@ -118,7 +118,7 @@ def test_machine_code(tmp_path, formats, capacity):
     """wgmma in flight (a serialised one waits for each product), the host's count of shared memory."""
     plan = expert_loop.plan_loop(50, capacity, formats, H100_LIMIT)
     macros = {"TOKENS": 50, "ACTIONS": 32, "MT": 56, "KEYS": plan.keys, "SLOTS": plan.slots, "PDL": 1, "TRACE": 0}
-    macros["AHEAD"] = 64 if formats is BF16 else 0
+    macros["AHEAD"] = 64 if formats is BF16 else 32 if formats is FP8 else 0
     macros |= {f"FORMAT_{name.upper()}": expert_loop_packing.FORMATS[fmt] for name, fmt in formats.items()}
     sizes = {"SHARED": plan.shared(), "MAIL": plan.mail_words * 4, "PARCELS": plan.parcel_words * 4}
     counted = " ".join(f"static_assert({name} == {size});" for name, size in sizes.items())
@@ -126,7 +126,7 @@ def test_machine_code(tmp_path, formats, capacity):
         tmp_path, expert_loop.SOURCES, macros, epilogue=counted, most_stack=0 if formats in (BF16, FP8) else 200
     )  # three bodies of products
     # the form in which `overwritten_operands` looks for products with a register operand
-    assert re.search(r"HGMMA\S* R\d+, R\d+, gdesc", disassembled(cubin))
+    assert re.search(r"[HQ]GMMA\S* R\d+, R\d+, gdesc", disassembled(cubin))
 
 
 def weight_of(fmt, n, k):
