@@ -70,7 +70,8 @@ class InputBlob:
             noise=on_device["noise"],
             guide=guide,
         )
-        self._rows = np.zeros(self._max_rows, np.int64)
+        self._filled: tuple[bytes, int] | None = None  # cameras and prompt length that ``rows`` stands for
+        self._guided = False
 
     def fill(self, inputs: ModelInputs, noise: NDArray[np.float32], guidance: Guidance | None) -> int:
         """Write one inference's inputs into the host block; returns the count of valid prefix rows.
@@ -81,7 +82,7 @@ class InputBlob:
         Raises:
             InputError: images of another shape or dtype, or more tokens than the model takes.
         """
-        host, patches = self._views_of, self._config.image_tokens
+        host = self._views_of
         images = host["images"]
         if inputs.images.shape != images.shape or inputs.images.dtype != images.dtype:
             got = (inputs.images.shape, str(inputs.images.dtype))
@@ -91,24 +92,34 @@ class InputBlob:
             raise InputError.at("infer", "token_count", count, f"0 to {self._config.max_token_len}")
         images[...] = inputs.images
         host["tokens"][...] = inputs.tokens
-        rows, at = host["rows"], 0
+        wanted = (inputs.image_mask.tobytes(), count)
+        if wanted != self._filled:  # most often as the inference before
+            self._filled = None
+            self._fill_rows(inputs.image_mask, count)
+            self._filled = wanted
+        host["noise"][...] = noise
+        if guidance is not None:
+            self._guided = True
+            host["weights"][...] = guidance.weights
+            host["target"][...] = guidance.target
+            host["clean"][0] = guidance.clean
+        elif self._guided:
+            host["weights"][...] = 0.0
+            host["target"][...] = 0.0
+            host["clean"][0] = 0
+            self._guided = False
+        return int(host["valid"][0])
+
+    def _fill_rows(self, image_mask: NDArray[np.bool_], count: int) -> None:
+        """Which rows of features and prompt the prefix takes, and how many."""
+        rows, patches, at = self._views_of["rows"], self._config.image_tokens, 0
         rows[...] = 0  # padding repeats a valid row: finite, and masked
-        for view in np.flatnonzero(inputs.image_mask):
+        for view in np.flatnonzero(image_mask):
             rows[at : at + patches] = np.arange(view * patches, (view + 1) * patches)
             at += patches
         first = self._views * patches
         rows[at : at + count] = np.arange(first, first + count)
-        host["valid"][0] = at + count
-        host["noise"][...] = noise
-        if guidance is None:
-            host["weights"][...] = 0.0
-            host["target"][...] = 0.0
-            host["clean"][0] = 0
-        else:
-            host["weights"][...] = guidance.weights
-            host["target"][...] = guidance.target
-            host["clean"][0] = guidance.clean
-        return at + count
+        self._views_of["valid"][0] = at + count
 
     def send(self) -> None:
         """One copy to the device, on the current stream; may be captured."""

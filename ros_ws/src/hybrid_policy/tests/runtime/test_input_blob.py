@@ -61,6 +61,16 @@ def test_absent_views_move_the_rest_up():
     assert not made.inputs.rows[len(expected) :].any()
 
 
+def test_what_changed_between_inferences_arrives():
+    made, noise = blob(), np.zeros((8, 3), np.float32)
+    for mask, count in (((True,) * 3, 7), ((True,) * 3, 7), ((True,) * 3, 4), ((False, True, True), 4), ((True,) * 3, 7)):
+        fresh, wanted = blob(), inputs(mask=mask, count=count)
+        assert made.fill(wanted, noise, None) == fresh.fill(wanted, noise, None) == sum(mask) * PATCHES + count
+        made.send(), fresh.send()
+        assert torch.equal(made.inputs.rows, fresh.inputs.rows)
+        assert torch.equal(made.inputs.valid, fresh.inputs.valid)
+
+
 def test_guidance_does_not_linger():
     made = blob()
     noise = np.ones((8, 3), np.float32)
