@@ -63,7 +63,8 @@ def test_absent_views_move_the_rest_up():
 
 def test_what_changed_between_inferences_arrives():
     made, noise = blob(), np.zeros((8, 3), np.float32)
-    for mask, count in (((True,) * 3, 7), ((True,) * 3, 7), ((True,) * 3, 4), ((False, True, True), 4), ((True,) * 3, 7)):
+    every, two = (True, True, True), (False, True, True)
+    for mask, count in ((every, 7), (every, 7), (every, 4), (two, 4), (every, 7)):
         fresh, wanted = blob(), inputs(mask=mask, count=count)
         assert made.fill(wanted, noise, None) == fresh.fill(wanted, noise, None) == sum(mask) * PATCHES + count
         made.send(), fresh.send()
