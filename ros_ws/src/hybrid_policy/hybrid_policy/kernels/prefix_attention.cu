@@ -80,12 +80,6 @@ __device__ __forceinline__ void values_step(float (&o)[128], const u32* p, u64 v
         : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v));
 }
 
-// Shared-memory matrix of a wgmma, rows of 128 bytes, swizzled. leading: bytes between blocks of 64 columns where the
-// matrix is read along its rows (values); stride: between groups of eight rows.
-__device__ __forceinline__ u64 matrix(u32 address, u32 leading) {
-    return (u64)((address & 0x3ffff) >> 4) | ((u64)(leading >> 4) << 16) | ((u64)(1024 >> 4) << 32) | (1ull << 62);
-}
-
 // Rows from row `first` of a matrix of `rows` rows of 256 columns, zeros behind its end; all threads, a warp a row. The
 // 16-byte pieces of a row of 128 bytes are swizzled by the row (row % 8, which is the warp).
 template <int ROWS>

@@ -89,11 +89,8 @@ __device__ __forceinline__ void send4(u32 to, u32 bar, float a, float b, float c
 }
 
 // ------------------------------------------------------------------------------------------------ warpgroup products
-// A shared operand of rows of 128 bytes (its 16-byte columns permuted within eights of rows, as tensor copies leave
-// them), from 1024-byte aligned memory; adding 2 moves on by 32 bytes of K.
-__device__ __forceinline__ u64 operand(u32 address) {
-    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
-}
+// A matrix read along its rows; adding 2 moves on by 32 bytes of K.
+__device__ __forceinline__ u64 operand(u32 address) { return matrix(address); }
 
 // ------------------------------------------------------------------------------------------------------------ numbers
 
