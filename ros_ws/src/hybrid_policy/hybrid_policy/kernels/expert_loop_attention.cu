@@ -13,11 +13,13 @@ struct KeyRange {
     __device__ __forceinline__ u32 count() const { return prefix + tokens; }
 };
 
-// Where piece ``piece`` (16 bytes, 8 dims) of row r lies, of ROWS rows of 256 dims: [64 dims][row, 128 bytes, its pieces XOR row % 8],
-// as a warpgroup's products want it, along the dims and across them.
-template <int ROWS> __device__ __forceinline__ u32 piece_at(u32 r, u32 piece) {
-    return piece / 8 * (ROWS * 128) + r * 128 + ((piece % 8 ^ r % 8) << 4);
-}
+// Where piece ``piece`` (16 bytes, 8 dims) of row r lies, as warpgroup products want it: blocks of 64 dims, of these [row, 128 bytes,
+// its pieces XOR row % 8]. Of keys and values, KEYS rows a block. There are 32 queries, and a product has 64 rows: so eights of rows
+// of two blocks alternate, every warp has eight rows that count, and the eight behind those are another block's.
+__device__ __forceinline__ u32 swizzled(u32 r, u32 piece) { return r % 8 * 128 + ((piece % 8 ^ r % 8) << 4); }
+__device__ __forceinline__ u32 key_place(u32 r, u32 piece) { return piece / 8 * (KEYS * 128) + r / 8 * 1024 + swizzled(r, piece); }
+__device__ __forceinline__ u32 query_block(u32 block) { return block / 2 * (QUERIES * 256) + block % 2 * 1024; }
+__device__ __forceinline__ u32 query_place(u32 r, u32 piece) { return query_block(piece / 8) + r / 8 * 2048 + swizzled(r, piece); }
 
 // Keys and values of the prefix were there before the launch. Three warps behind the workers bring them, layer by layer, as soon
 // as their places are free; a worker would have to ask for them when it should ask for queries. Every worker says that a place is
@@ -42,9 +44,9 @@ __device__ __forceinline__ void bring_prefix(const Arguments& p, u32 keys_to, u3
             const u32 places = which ? values_to : keys_to, there = cache_barrier(which + 1);
             wait_bytes(cache_barrier(which), turn % 2);
 #pragma unroll 2
-            for (u32 r = warp; r < range.prefix; r += TURNS, from += TURNS * HEAD_DIM) copy16(places + piece_at<KEYS>(r, lane), from);
+            for (u32 r = warp; r < range.prefix; r += TURNS, from += TURNS * HEAD_DIM) copy16(places + key_place(r, lane), from);
 #pragma unroll 1
-            for (u32 r = range.count() + warp; r < (range.count() + 15) / 16 * 16; r += TURNS) store_shared4(places + piece_at<KEYS>(r, lane), make_uint4(0, 0, 0, 0));
+            for (u32 r = range.count() + warp; r < (range.count() + 15) / 16 * 16; r += TURNS) store_shared4(places + key_place(r, lane), make_uint4(0, 0, 0, 0));
             copies_done();
             publish_to_tensor_core();
             arrive(there);
@@ -83,9 +85,7 @@ __device__ __forceinline__ void attend(
     const Place& at, const KeyRange& range, u8* memory, AttentionMemory& m, u8* mail, u8* parcels, u32 phase, float scale, float eight_scale, const Arguments& p, int layer) {
     const u32 base = shared_address(memory), k_to = base + A_X, v_to = base + A_SUMS, q_to = base + A_Q;
     const u32 first_row = at.tile * QUERIES, lane = at.lane;
-    // A warpgroup has half of the keys, then half of the dims, of all 32 rows; its products have 64, so that two of its warps
-    // have 16 rows each of what counts, and two have none.
-    const u32 warp = at.warp;
+    const u32 warp = at.warp;  // a warpgroup has half of the keys, then half of the dims, of all rows; a warp has eight rows
     {  // rows of the queries, and of the chunk's own keys and values: a lane has a piece of each
         constexpr int TURNS = QUERIES / WARPS;
         static_assert(WARPS == 8 && HEAD_DIM == 256 && (TOKENS + PARTS - 1) / PARTS <= 8, "a row a turn");
@@ -113,9 +113,9 @@ __device__ __forceinline__ void attend(
             if (tries > PATIENCE) give_up();
         }
 #pragma unroll
-        for (int j = 0; j < TURNS; j++) store_shared4(q_to + piece_at<QUERIES>(warp + j * WARPS, lane), v[j]);
+        for (int j = 0; j < TURNS; j++) store_shared4(q_to + query_place(warp + j * WARPS, lane), v[j]);
         if (own) {
-            const u32 place = piece_at<KEYS>(range.prefix + warp, lane);
+            const u32 place = key_place(range.prefix + warp, lane);
             store_shared4(k_to + place, key);
             store_shared4(v_to + place, value);
         }
@@ -126,62 +126,51 @@ __device__ __forceinline__ void attend(
     MARK(16);
 
     const u32 count = range.count(), g = at.g, t = at.t, first_key = at.group * HALF_KEYS;
-    const bool counts = warp % 4 < 2;
-    const u32 rows = warp % 4 * 16 + g;  // this one and the eighth behind it
-    float s[HALF_KEYS / 2];              // of 8 n + 2 t + {0, 1} of the keys: [4 n + 2 (second row) + (second key)]
+    const u32 row = warp % 4 * 8 + g;
+    float s[HALF_KEYS / 2];  // of keys 8 n + 2 t + {0, 1}: [4 n + {0, 1}], and what does not count
     const u64 q = matrix(q_to), k = matrix(k_to + first_key * 128);
     products_begin();
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 16; i++)
-        scores_step(s, q + (i / 4 * (QUERIES * 128) + i % 4 * 32 >> 4), k + (i / 4 * (KEYS * 128) + i % 4 * 32 >> 4), i > 0);
+        scores_step(s, q + (query_block(i / 4) + i % 4 * 32 >> 4), k + (i / 4 * (KEYS * 128) + i % 4 * 32 >> 4), i > 0);
     products_commit();
     products_wait<0>();
     pin(s);
     MARK(24);
-    if (counts)
+    float best = MINUS_INFINITY;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float best = MINUS_INFINITY;
+    for (int n = 0; n < HALF_KEYS / 8; n++)
 #pragma unroll
-            for (int n = 0; n < HALF_KEYS / 8; n++)
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float& score = s[4 * n + 2 * half + j];
-                    score = first_key + n * 8 + t * 2 + j < count ? score * scale : MINUS_INFINITY;
-                    best = fmaxf(best, score);
-                }
-            best = quad_max(best);
-            if (t == 0) m.top[rows + half * 8][at.group] = best;
+        for (int j = 0; j < 2; j++) {
+            float& score = s[4 * n + j];
+            score = first_key + n * 8 + t * 2 + j < count ? score * scale : MINUS_INFINITY;
+            best = fmaxf(best, score);
         }
+    best = quad_max(best);
+    if (t == 0) m.top[row][at.group] = best;
     block_barrier();
-    if (counts)
+    best = fmaxf(m.top[row][0], m.top[row][1]);
+    const float from = best == MINUS_INFINITY ? 0.0f : best;  // no keys here at all
+    float total = 0.0f;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const u32 row = rows + half * 8;
-            const float best = fmaxf(m.top[row][0], m.top[row][1]);
-            const float from = best == MINUS_INFINITY ? 0.0f : best;  // no keys here at all
-            float total = 0.0f;
-#pragma unroll
-            for (int n = 0; n < HALF_KEYS / 8; n++) {
-                const float p0 = exp2_of(s[4 * n + 2 * half] - from), p1 = exp2_of(s[4 * n + 2 * half + 1] - from);
-                total += p0 + p1;
-                const u32 piece = first_key / 8 + n;
-                *reinterpret_cast<u32*>(memory + (A_P + piece_at<QUERIES>(row, piece) + t * 4)) = pack_bf16(p0, p1);
-            }
-            total = quad_sum(total);
-            if (t == 0) m.sum[row][at.group] = total;
-        }
+    for (int n = 0; n < HALF_KEYS / 8; n++) {
+        const float p0 = exp2_of(s[4 * n] - from), p1 = exp2_of(s[4 * n + 1] - from);
+        total += p0 + p1;
+        *reinterpret_cast<u32*>(memory + (A_P + query_place(row, first_key / 8 + n) + t * 4)) = pack_bf16(p0, p1);
+    }
+    total = quad_sum(total);
+    if (t == 0) m.sum[row][at.group] = total;
     publish_to_tensor_core();
     wait_bytes(cache_barrier(VALUES_THERE), phase);
     block_barrier();
     MARK(25);
     float d[HALF_DIMS / 2];
 #pragma unroll
-    for (int i = 0; i < HALF_DIMS / 2; i++) d[i] = 0.0f;
+    for (int i = 0; i < HALF_DIMS / 2; i++) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i]));  // here, not long before
     const u64 weights = matrix(base + A_P), v = matrix(v_to + at.group * (HALF_DIMS / 64 * KEYS * 128), KEYS * 128);
     products_begin();
 #pragma unroll 1
-    for (u32 i = 0; i < (count + 15) / 16; i++) values_step(d, weights + (i / 4 * (QUERIES * 128) + i % 4 * 32 >> 4), v + i * (2048 >> 4));
+    for (u32 i = 0; i < (count + 15) / 16; i++) values_step(d, weights + (query_block(i / 4) + i % 4 * 32 >> 4), v + i * (2048 >> 4));
     products_commit();
     products_wait<0>();
     pin(d);
@@ -189,23 +178,19 @@ __device__ __forceinline__ void attend(
     // This part's result goes to the parts that own its dims, 32 each. A row's maximum and sum go to all of them.
     constexpr int DIMS = HEAD_DIM / PARTS;
     static_assert(DIMS == 32, "four parts a warpgroup");
-    u8* const outgoing = parcels + (P_SEEN + ((at.tile * PARTS + at.group * 4) * PARTS + at.part) * 2048 + warp % 4 * 1024 + lane * 8);
-    if (counts)
+    u8* const outgoing = parcels + (P_SEEN + ((at.tile * PARTS + at.group * 4) * PARTS + at.part) * 2048 + warp % 4 * 512 + lane * 8);
 #pragma unroll
-        for (int n = 0; n < HALF_DIMS / 8; n += 2)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int i = 4 * n + 2 * half;
-                const float four[4] = {d[i], d[i + 1], d[i + 4], d[i + 5]};
-                post_bf16_parcel(outgoing + n / 4 * (PARTS * 2048) + (half * 2 + n % 4 / 2) * 256, four, phase);
-            }
-    if (warp == 2) {  // a row a lane
+    for (int n = 0; n < HALF_DIMS / 8; n += 2) {
+        const float four[4] = {d[4 * n], d[4 * n + 1], d[4 * n + 4], d[4 * n + 5]};
+        post_bf16_parcel(outgoing + n / 4 * (PARTS * 2048) + n % 4 / 2 * 256, four, phase);
+    }
+    if (warp == 0) {  // a row a lane
         const float best = fmaxf(m.top[lane][0], m.top[lane][1]), total = m.sum[lane][0] + m.sum[lane][1];
         const u32 box = M_TOPS + ((at.tile * PARTS + at.part) * QUERIES + lane) * 8;
         post2(mail + box, __float_as_uint(best), __float_as_uint(total));
     }
     // the owner: this warp's rows are those of quarter warp / 2, its dims two tiles of eight
-    const u32 r = warp / 4 * 16 + warp / 2 % 2 * 8 + g, row = first_row + r;
+    const u32 r = warp / 2 * 8 + g, own_row = first_row + r;
     const u8* const incoming = parcels + (P_SEEN + (at.tile * PARTS + at.part) * (PARTS * 2048) + warp * 256 + lane * 8);
     const u8* const tops_at = mail + (M_TOPS + (at.tile * PARTS * QUERIES + r) * 8);
     uint2 stats[PARTS], parts[PARTS];
@@ -224,7 +209,7 @@ __device__ __forceinline__ void attend(
         if (tries > PATIENCE) give_up();
     }
     MARK(19);
-    float best = MINUS_INFINITY;
+    best = MINUS_INFINITY;
 #pragma unroll
     for (int c = 0; c < PARTS; c++) best = fmaxf(best, __uint_as_float(stats[c].x));
     float weight = 0.0f, o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -236,7 +221,7 @@ __device__ __forceinline__ void attend(
         o[2] = fmaf(w, low_of(parts[c].y), o[2]), o[3] = fmaf(w, high_of(parts[c].y), o[3]);
     }
     const float inverse = __fdividef(eight_scale, weight);
-    u8* const place = mail + M_SEEN + (row * HEAD_DIM + at.part * DIMS + warp % 2 * 16 + t * 2) * SIZE;
+    u8* const place = mail + M_SEEN + (own_row * HEAD_DIM + at.part * DIMS + warp % 2 * 16 + t * 2) * SIZE;
     const bool later = t & 1;
     u32 first, second;
     if (EIGHT) {  // with the next lane, which has the next two columns of both tiles, one trades for four of one of them
@@ -246,7 +231,7 @@ __device__ __forceinline__ void attend(
     } else {
         first = pack_bf16(o[0] * inverse, o[1] * inverse), second = pack_bf16(o[2] * inverse, o[3] * inverse);
     }
-    if (row < TOKENS * HEADS) {
+    if (own_row < TOKENS * HEADS) {
         post(place + (EIGHT && later ? 6 : 0), first);
         if (!EIGHT) post(place + 16, second);
     }
