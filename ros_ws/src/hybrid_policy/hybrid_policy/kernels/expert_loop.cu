@@ -46,7 +46,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
         for (int stage = QKV; stage <= DOWN; stage++) {
             const Place at;
             if (stage == QKV && !projects) {
-                if (attends && at.tid == 0) arrive(cache_barrier(KEYS_FREE));
+                if (attends) arrive(cache_barrier(KEYS_FREE));
                 continue;
             }
             const bool in_pair = stage == QKV || stage == GATE_UP;
@@ -59,7 +59,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             if (stage == OUT) {
                 MARK(4);
                 if (attends) {
-                    if (at.tid == 0) arrive(cache_barrier(VALUES_FREE));
+                    arrive(cache_barrier(VALUES_FREE));
                     attend(at, KeyRange(prefix, at.part), memory, attention, mail, parcels, phase, p.scale, EIGHT ? vectors[V_SEEN] : 1.0f, p, layer);
                     block_barrier();  // values are read: partial sums may take their place
                 }
@@ -133,7 +133,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             if (in_pair) squares.keep(at, squares_at, roots, scales, stage == GATE_UP, p.eps);
             if (at.warp < 3) copies_done();  // the tables
             block_barrier();  // partial sums are there, and the activations read
-            if (stage == QKV && attends && at.tid == 0) arrive(cache_barrier(KEYS_FREE));
+            if (stage == QKV && attends) arrive(cache_barrier(KEYS_FREE));
             if (stage == QKV) MARK(20);
             if (stage == GATE_UP) MARK(22);
 
@@ -263,7 +263,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
     }
     if (threadIdx.x == 0) barrier_init(pair_barrier, 1);
     if (threadIdx.x < GROUPS) barrier_init(shared_address(meetings + threadIdx.x), 128);
-    if (threadIdx.x < 4) barrier_init(cache_barrier(threadIdx.x), threadIdx.x % 2 ? BRINGERS : 1);
+    if (threadIdx.x < 4) barrier_init(cache_barrier(threadIdx.x), threadIdx.x % 2 ? BRINGERS : WORKERS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
     if (__shfl_sync(0xffffffffu, threadIdx.x / 128, 0) == GROUPS) {

@@ -14,7 +14,8 @@ struct KeyRange {
 };
 
 // Keys and values of the prefix were there before the launch. Three warps behind the workers bring them, layer by layer, as soon
-// as their places are free; a worker would have to ask for them when it should ask for queries.
+// as their places are free; a worker would have to ask for them when it should ask for queries. Every worker says that a place is
+// free: racecheck does not follow one arrival for many behind a barrier.
 enum CacheBarrier { KEYS_FREE, KEYS_THERE, VALUES_FREE, VALUES_THERE };
 constexpr int BRINGERS = 96;
 __shared__ u64 cache_barriers[4];
