@@ -35,6 +35,7 @@ from hybrid_policy.runtime.recipe import load_recipe
 from hybrid_policy.runtime.rtc import RealTimeChunking
 from hybrid_policy.runtime.sites import model_sites
 from hybrid_policy.runtime.stages import parse_table
+from peers import time_realtime_vla
 
 DEVICE = torch.device("cuda")
 CASES = {"2x48": (2, 48), "3x200": (3, 200)}
@@ -265,6 +266,9 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--baseline", action="store_true", help="the straightforward graph too")
+    parser.add_argument(
+        "--realtime-vla", type=Path, metavar="FOLDER", help="its pi05_infer.py and pi0_infer.py: timed too"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.quick:
@@ -294,6 +298,11 @@ def main() -> int:
                 del plain
             except Exception:
                 traceback.print_exc()
+            free()
+        if args.realtime_vla:
+            timed = percentiles(time_realtime_vla(args.realtime_vla, views, tokens, config.horizon, args.replays))
+            rows.append({"case": case, "recipe": "realtime-vla", **timed})
+            print("  " + json.dumps(rows[-1]), flush=True)
             free()
         for recipe in args.recipes.split(","):
             print(f"{case} {recipe}", flush=True)
