@@ -12,7 +12,7 @@ import torch
 
 
 def time_realtime_vla(source: Path, views: int, tokens: int, horizon: int, replays: int) -> list[float]:
-    """Seconds of each inference of realtime-vla (github.com/Dexmal/realtime-vla), page-locked copies in and out included.
+    """Seconds of each inference of realtime-vla (github.com/Dexmal/realtime-vla), page-locked copies included.
 
     source: a folder with its ``pi05_infer.py`` and ``pi0_infer.py``. Weights are random, as ours: its own are
     uninitialised memory without a checkpoint.
