@@ -23,11 +23,11 @@ from hybrid_policy.kernels.qkv import rope_tables
 DEVICE = torch.device("cuda")
 ACTIONS = 32
 RECIPES = {
-    "w8a8": dict.fromkeys(STAGES, "w8a8"),
-    "h100": {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "e4m3"},
+    "h100": dict.fromkeys(STAGES, "w8a8"),
+    "hybrid": {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "e4m3"},
     "seed": {"qkv": "bf16", "o": "bf16", "gate_up": "nvfp4", "down": "e4m3"},
     "bf16": dict.fromkeys(STAGES, "bf16"),
-    "fp8": dict.fromkeys(STAGES, "e4m3"),
+    "fp8 weights": dict.fromkeys(STAGES, "e4m3"),
 }
 #: stretches of a layer, from one recorded clock to another
 EVENTS = {

@@ -172,7 +172,7 @@ def expert_layer() -> Outputs:
 
 
 def loop() -> Outputs:
-    """expert_loop: two steps of two layers, so that rings, mail and parcels turn over; three formats and one."""
+    """expert_loop: two steps of two layers, so that rings, mail and parcels turn over; every format."""
     outs: Outputs = {}
     tokens, actions, capacity, layers, steps = 16, 32, 40, 2, 2
     hybrid = {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "e4m3"}

@@ -175,7 +175,7 @@ class ExpertLoop:
         rows = sum(shape[0] for shape in STAGES.values())
         self.row_scale = torch.empty(layers, rows, device=device)
         self.vectors = torch.zeros(steps, layers, rows + 2 * WIDTH + 4, device=device)
-        # what activations in E4M3 are to be multiplied by: attention's results, and GeGLU's
+        # what attention's results and GeGLU's are divided by before E4M3
         self.seen_scale, self.act_scale = (torch.ones(layers, device=device) for _ in range(2))
         self._out_weight, self._in_weight = (torch.zeros(WIDTH, LANES, device=device) for _ in range(2))
         self._in_bias, self._factor = torch.zeros(WIDTH, device=device), torch.zeros(steps, WIDTH, device=device)
@@ -224,13 +224,14 @@ class ExpertLoop:
         unit = expert_packing.NVFP4_FACTOR if fmt == "nvfp4" else 1.0
         self.row_scale[layer, at : at + shape[0]] = rows[order] * unit
         if shift is not None:
-            product = shift.float() @ expert.decoded(fmt, values, scales, rows).T
+            weight = expert.decoded(fmt, values, scales, rows)
+            product = shift.float() @ weight.T
             begin = {"qkv": WIDTH, "gate_up": WIDTH + STAGES["qkv"][0] + 2 * WIDTH}[stage]
             self.vectors[:, layer, begin : begin + shape[0]] = product[:, order]
         if stage in ("qkv", "gate_up") and kind == "w8a8":
             if shift is None or factor is None:
                 raise InputError(f"expert loop: layers.{layer}.{stage} without shift and factor, expected for w8a8")
-            bound = row_bounds(expert.decoded(fmt, values, scales, rows), factor, shift)
+            bound = row_bounds(weight, factor, shift)
             if stage == "qkv":
                 self.seen_scale[layer] = bound[-HEAD_DIM:].amax() / E4M3_MAX
             else:
@@ -266,7 +267,7 @@ class ExpertLoop:
         """
         qkv, gate_up = STAGES["qkv"][0], STAGES["gate_up"][0]
         if self._formats["down"] == "w8a8":
-            # attention's results are means of values; a quarter more for a cache in FP8 and for roundings
+            # attention's results are means of values; a quarter more for what was rounded before the values were
             self.seen_scale[layer].clamp_(min=most_value / E4M3_MAX).mul_(1.25)
             self.vectors[:, layer, -3] = 1.0 / self.seen_scale[layer]
         second = WIDTH + qkv

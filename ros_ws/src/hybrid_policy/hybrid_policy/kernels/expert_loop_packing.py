@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hybrid_policy.kernels import expert_packing, packing
+from hybrid_policy.kernels import expert, expert_packing, packing
 
 TILES, PARTS = 16, 8
 WIDTH, FEATURES, HEADS, HEAD_DIM = 1024, 4096, 8, 256
@@ -20,7 +20,7 @@ QKV_BLOCKS = STAGES["qkv"][0] // 64 * 2
 #: k steps in 16 bytes of each lane of a warp, and bytes of a warp for them
 SIXTEEN = {"bf16": (1, 512), "e4m3": (2, 512), "nvfp4": (4, 640), "w8a8": (2, 512)}
 #: the macros' names of formats; w8a8: weights in E4M3, and activations too
-FORMATS = {"bf16": 0, "e4m3": 1, "nvfp4": 2, "w8a8": 3}
+FORMATS = expert.FORMATS | {"w8a8": 3}
 #: warpgroups of a block, and their warps; a lane's loads, 16 bytes each, in a piece of the ring
 GROUPS, WARPS, LOADS = 2, 8, 4
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: as in expert_loop_layout.cu: the residual stream's rms in E4M3, were it still what it was when last known
+#: the residual stream's rms in E4M3, were it still what it was when last known; as in expert_loop_layout.cu
 HEADROOM = 1 / 16
 
 

@@ -49,13 +49,6 @@ struct alignas(64) Arguments {
     float weight_scale, out_factor;
 };
 
-struct Ring {
-    u32 stage = 0, phase = 0;
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) stage = 0, phase ^= 1;
-    }
-};
-
 struct Block {
     u32 memory, rank;
     __device__ __forceinline__ u32 w(u32 stage) const { return memory + stage * STAGE_BYTES; }
@@ -111,7 +104,7 @@ __device__ void produce(const Arguments& a, const Block& b, int first, int step)
     wait_for_predecessor();
     let_dependents_start();
     for (int i = 0; i < early; i++) fetch_x(a, b, i, begin, i);
-    Ring ring;
+    RingPlace<STAGES> ring;
     for (int pair = first; pair < a.pairs; pair += step) {
         const Tile tile(a, pair, b.rank);
         for (int i = 0; i < a.chunks; i++) {
@@ -156,7 +149,7 @@ struct Consumer {
     const Arguments& a;
     const Block& b;
     u32 wg, warp, lane;  // warpgroup, warp in it
-    Ring ring;
+    RingPlace<STAGES> ring;
     float gate[NT / 2], up[NT / 2];
 
     // this warp has read the stage: to every block that copies into it

@@ -45,6 +45,14 @@ __device__ __forceinline__ void await(u32 bar, u32 parity) {
         if (SPIN_LIMIT && polls > SPIN_LIMIT) break;
 }
 
+// a place in a ring of LENGTH stages, and the phase that its barriers are in
+template <int LENGTH> struct RingPlace {
+    u32 stage = 0, phase = 0;
+    __device__ __forceinline__ void next() {
+        if (++stage == LENGTH) stage = 0, phase ^= 1;
+    }
+};
+
 // barrier ``id`` of ``threads`` of this block
 __device__ __forceinline__ void named_barrier(u32 id, u32 threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

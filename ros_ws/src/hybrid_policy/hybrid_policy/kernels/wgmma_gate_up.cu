@@ -48,13 +48,6 @@ struct alignas(64) Arguments {
     float columns, eps;
 };
 
-struct Ring {
-    u32 stage = 0, phase = 0;
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) stage = 0, phase ^= 1;
-    }
-};
-
 struct Block {
     u32 memory, rank;
     __device__ __forceinline__ u32 x(u32 stage) const { return memory + stage * X_STAGE; }
@@ -92,7 +85,7 @@ __device__ __forceinline__ void issue_x(const Arguments& p, const Block& b, u32 
 __device__ void produce(const Arguments& p, const Block& b, int first, int step, int tiles, int filled) {
     wait_for_predecessor();
     if constexpr (TRIGGER == 1) let_dependents_start();
-    Ring ring;
+    RingPlace<STAGES> ring;
     for (int tile = first; tile < tiles; tile += step)
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             if (tile != first || chunk >= filled) {
@@ -108,7 +101,7 @@ struct Consumer {
     const Arguments& p;
     const Block& b;
     int wg, warp, lane;  // warpgroup, warp in it
-    Ring ring;
+    RingPlace<STAGES> ring;
     u32 last = 0;  // stage whose products are the youngest in flight
     float acc[MT][NT / 2];
     u32 a[BUFFERS][GROUP][MT][4];

@@ -161,7 +161,10 @@ class Engine:
         normalised, stages = self.run(inputs, noise, guidance)
         finishing = time.perf_counter()
         if not np.isfinite(normalised).all():
-            raise FloatingPointError("the model gave NaN or infinity")
+            raise FloatingPointError(
+                "the model gave NaN or infinity: weights or inputs are not finite, or an activation outgrew FP8 "
+                "(recipes bf16 and hybrid keep the action expert's in bf16)"
+            )
         actions = self._processors.finish(normalised, observation)
         if any(self._processors.relative):
             self._recent.append((normalised, observation.state.copy()))

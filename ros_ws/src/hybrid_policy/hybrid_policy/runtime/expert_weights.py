@@ -57,8 +57,8 @@ def fused_layer(packer: Packer, stem: str, config: GemmaConfig, modulations: Mod
         scale = torch.cat([w.scale.expand(w.shape[0]) for w in stacked])
         qkv = FusedQKV(values, config.heads, config.kv_heads, config.head_dim, weight_scale=scale)
     else:
-        dense = torch.cat([w for w in weights if isinstance(w, Tensor)])
-        qkv = FusedQKV(dense, config.heads, config.kv_heads, config.head_dim)
+        plain = torch.cat([w for w in weights if isinstance(w, Tensor)])
+        qkv = FusedQKV(plain, config.heads, config.kv_heads, config.head_dim)
     o_site, down_site = attention + "o_proj", mlp + "down_proj"
     out = prepare(packer.one(o_site), packer.precision(o_site))  # type: ignore[arg-type]
     gate, up = packer.many(mlp + "gate_proj", mlp + "up_proj")
@@ -102,10 +102,10 @@ def cluster_layer(
     return layer
 
 
-def _most_value(source: Source, layer: int) -> float:
+def _most_value(packer: Packer, source: Source, layer: int) -> float:
     """No value of the prefix's layer is larger, whatever the images: a normalised row has ‖n‖ ≤ √K (Cauchy-Schwarz)."""
     stem = f"{PREFIX}layers.{layer}."
-    rows = source(stem + "self_attn.v_proj.weight").float() * (1.0 + source(stem + "input_layernorm.weight").float())
+    rows = packer.multiplied(stem + "self_attn.v_proj") * (1.0 + source(stem + "input_layernorm.weight").float())
     return float(rows.norm(dim=1).amax()) * rows.shape[1] ** 0.5
 
 
@@ -149,7 +149,7 @@ def expert_loop(
                 packer.note("expert.down", f"layer {i} would lose {loss:.1f} dB with GeGLU's results in FP8: bf16")
                 del loop
                 return expert_loop(packer, source, config, modulations, pdl, eight=False)
-        loop.modulate(i, scales, gates, _most_value(source, i) if formats["down"] == "w8a8" else 0.0)
+        loop.modulate(i, scales, gates, _most_value(packer, source, i) if formats["down"] == "w8a8" else 0.0)
     assert loop is not None
     packer.note("expert", loop.route)
     return loop

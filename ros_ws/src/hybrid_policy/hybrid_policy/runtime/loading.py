@@ -192,9 +192,9 @@ def choose_table(
 ) -> StageTable:
     """The stages' implementations.
 
-    wgmma's kernels for vision and prefix on Hopper, else Triton's and the library's. For the expert: one launch a flow
-    step on Hopper, else the cluster kernels, where device, shapes, precisions and cache allow them, else Triton's fused
-    kernels; split stages where real-time chunking needs a modulation a row.
+    wgmma's kernels for vision and prefix on Hopper, else Triton's and the library's. For the expert: one launch for all
+    steps of the flow on Hopper, else the cluster kernels, where device, shapes, precisions and cache allow them, else
+    Triton's fused kernels; split stages where real-time chunking needs a modulation a row.
 
     The variable HYBRID_POLICY_STAGES overrides single stages (see `stages.parse_table`), for comparisons.
     """

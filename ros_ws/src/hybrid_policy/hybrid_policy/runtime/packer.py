@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from hybrid_policy.runtime.sites import Packed, pack_sites
+from hybrid_policy.runtime.sites import Packed, dense, pack_sites
 
 #: parameter name -> tensor on the device; float32 where exactness is cheap, else the model's dtype
 Source = Callable[[str], Tensor]
@@ -36,19 +36,22 @@ class Packer:
 
     def many(self, *sites: str) -> list[Packed]:
         """The packed weights of sites that one product serves."""
-        wanted = {site: self._precisions[site] for site in sites}
-
-        def read(site: str) -> Tensor:
-            return self._source(site + ".weight")
-
-        result = dict(pack_sites(read, wanted, self._held))
+        result = self._read(*sites)
         for site in sites:
             self._report(site.rpartition(".")[2])
         return [self._matched(site, result[site]) for site in sites]
 
+    def multiplied(self, site: str) -> Tensor:
+        """What a site multiplies by, float32 [N, K]: the weight after its rounding, from wherever it comes."""
+        return dense(self._read(site)[site])
+
     def one(self, site: str) -> Packed:
         """The packed weight of one site."""
         return self.many(site)[0]
+
+    def _read(self, *sites: str) -> dict[str, Packed]:
+        wanted = {site: self._precisions[site] for site in sites}
+        return dict(pack_sites(lambda site: self._source(site + ".weight"), wanted, self._held))
 
     def _matched(self, site: str, weight: Packed) -> Packed:
         return weight.to(self.dtype) if self._precisions[site] == "bf16" and isinstance(weight, Tensor) else weight

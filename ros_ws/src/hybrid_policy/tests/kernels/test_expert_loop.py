@@ -11,6 +11,7 @@ from hybrid_policy.kernels.expert_reference import ReferenceLayer, layer_referen
 from hybrid_policy.kernels.flow_step import FlowWeights, Guide, flow_step_reference
 from hybrid_policy.kernels.qkv import rope_tables
 
+from .devices import on_hopper
 from .machine_code import compiled, disassembled, nvcc
 
 H100_LIMIT = 232448  # bytes of shared memory a block
@@ -18,9 +19,6 @@ HYBRID = {"qkv": "e4m3", "o": "e4m3", "gate_up": "nvfp4", "down": "e4m3"}
 SEED = HYBRID | {"qkv": "bf16", "o": "bf16"}
 BF16 = dict.fromkeys(expert_loop_packing.STAGES, "bf16")
 FP8 = dict.fromkeys(expert_loop_packing.STAGES, "w8a8")
-hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-needs_hopper = pytest.mark.skipif(not hopper, reason="needs a Hopper GPU (compute capability 9.0)")
-gpu = [pytest.mark.gpu, needs_hopper]
 
 
 def as_bf16(bits):
@@ -96,7 +94,7 @@ def test_every_weight_has_one_warp(stage):
     assert (seen == 1).all()
 
 
-@pytest.mark.parametrize("formats", [HYBRID, SEED, BF16], ids=["hybrid", "seed", "bf16"])
+@pytest.mark.parametrize("formats", [HYBRID, SEED, BF16, FP8], ids=["hybrid", "seed", "bf16", "fp8"])
 @pytest.mark.parametrize("capacity", [610, 762, 1018])
 def test_full_size_has_a_plan(formats, capacity):
     plan = expert_loop.plan_loop(50, capacity, formats, H100_LIMIT)
@@ -118,7 +116,7 @@ def test_machine_code(tmp_path, formats, capacity):
     """wgmma in flight (a serialised one waits for each product), the host's count of shared memory."""
     plan = expert_loop.plan_loop(50, capacity, formats, H100_LIMIT)
     macros = {"TOKENS": 50, "ACTIONS": 32, "MT": 56, "KEYS": plan.keys, "SLOTS": plan.slots, "PDL": 1, "TRACE": 0}
-    macros["AHEAD"] = 64 if formats is BF16 else 0
+    macros["AHEAD"] = 64 if formats is BF16 else 32 if formats is FP8 else 0
     macros |= {f"FORMAT_{name.upper()}": expert_loop_packing.FORMATS[fmt] for name, fmt in formats.items()}
     sizes = {"SHARED": plan.shared(), "MAIL": plan.mail_words * 4, "PARCELS": plan.parcel_words * 4}
     counted = " ".join(f"static_assert({name} == {size});" for name, size in sizes.items())
@@ -126,7 +124,7 @@ def test_machine_code(tmp_path, formats, capacity):
         tmp_path, expert_loop.SOURCES, macros, epilogue=counted, most_stack=0 if formats in (BF16, FP8) else 200
     )  # three bodies of products
     # the form in which `overwritten_operands` looks for products with a register operand
-    assert re.search(r"HGMMA\S* R\d+, R\d+, gdesc", disassembled(cubin))
+    assert re.search(r"[HQ]GMMA\S* R\d+, R\d+, gdesc", disassembled(cubin))
 
 
 def weight_of(fmt, n, k):
@@ -218,7 +216,7 @@ def build(formats, layers, steps, tokens, valid, capacity, growth=1.0):
 @pytest.mark.parametrize("formats", [HYBRID, BF16, FP8], ids=["hybrid", "bf16", "fp8"])
 @pytest.mark.parametrize(("tokens", "valid", "capacity"), [(50, 560, 610), (16, 3, 610), (64, 900, 1010)])
 class TestLoop:
-    pytestmark = gpu
+    pytestmark = on_hopper
 
     def test_three_steps_of_two_layers(self, formats, tokens, valid, capacity):
         torch.manual_seed(0)
@@ -239,24 +237,6 @@ class TestLoop:
         assert run(noise, free).isnan().all()
 
 
-@pytest.mark.gpu
-@needs_hopper
-@pytest.mark.parametrize(("growth", "holds"), [(3.0, True), (1e5, False)])
-def test_a_stream_that_outgrows_e4m3_becomes_nan(growth, holds):
-    """Between two norms; what saturated instead would be a number that nobody doubts."""
-    torch.manual_seed(0)
-    run, expected = build(FP8, 2, 1, 16, 30, 60, growth)
-    noise = torch.randn(16, ACTIONS, device="cuda")
-    still = torch.zeros(16, device="cuda")
-    guide = Guide(torch.zeros_like(noise), still, torch.zeros(1, dtype=torch.int32, device="cuda"))
-    actions = run(noise, guide)
-    if holds:
-        moved = expected(noise, guide) - noise
-        assert ((actions - noise - moved).norm() / moved.norm()).item() < 4e-2
-    else:
-        assert actions.isnan().all()
-
-
 def test_no_row_exceeds_its_bound():
     torch.manual_seed(0)
     weight, factor = torch.randn(64, 128) * torch.rand(64, 1), 1 + 0.3 * torch.randn(3, 128)
@@ -274,9 +254,25 @@ def test_no_row_exceeds_its_bound():
         assert (largest >= 0.5 * bounds[:, step]).any()
 
 
-@pytest.mark.gpu
-@needs_hopper
-def test_a_wrong_weight_is_refused():
-    loop = expert_loop.ExpertLoop(1, 1, 50, 32, 610, BF16, torch.device("cuda"))
-    with pytest.raises(InputError, match=r"layers\.0\.o"):
-        loop.pack(0, "o", [torch.zeros(1024, 1024, device="cuda").bfloat16()])
+class TestEdges:
+    pytestmark = on_hopper
+
+    @pytest.mark.parametrize(("growth", "holds"), [(3.0, True), (1e5, False)])
+    def test_a_stream_that_outgrows_e4m3_becomes_nan(self, growth, holds):
+        """Between two norms; what saturated instead would be a number that nobody doubts."""
+        torch.manual_seed(0)
+        run, expected = build(FP8, 2, 1, 16, 30, 60, growth)
+        noise = torch.randn(16, ACTIONS, device="cuda")
+        still = torch.zeros(16, device="cuda")
+        guide = Guide(torch.zeros_like(noise), still, torch.zeros(1, dtype=torch.int32, device="cuda"))
+        actions = run(noise, guide)
+        if holds:
+            moved = expected(noise, guide) - noise
+            assert ((actions - noise - moved).norm() / moved.norm()).item() < 4e-2
+        else:
+            assert actions.isnan().all()
+
+    def test_a_wrong_weight_is_refused(self):
+        loop = expert_loop.ExpertLoop(1, 1, 50, 32, 610, BF16, torch.device("cuda"))
+        with pytest.raises(InputError, match=r"layers\.0\.o"):
+            loop.pack(0, "o", [torch.zeros(1024, 1024, device="cuda").bfloat16()])

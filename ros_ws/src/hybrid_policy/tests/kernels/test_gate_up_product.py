@@ -9,10 +9,9 @@ from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import gate_up_product as gate_up
 from hybrid_policy.kernels.gate_up_product import gate_up_reference, make_plan, plan_gate_up
 
+from .devices import on_hopper
 from .machine_code import compiled, disassembled, nvcc
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-hopper = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")]
 FP8 = torch.float8_e4m3fn
 
 
@@ -136,7 +135,7 @@ def relative(got, expected):
 
 
 class TestProduct:
-    pytestmark = hopper
+    pytestmark = on_hopper
 
     @pytest.mark.parametrize("eight", [True, False])
     @pytest.mark.parametrize("m", [1, 37, 560, 608, 968])

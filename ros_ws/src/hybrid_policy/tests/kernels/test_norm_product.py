@@ -12,10 +12,9 @@ from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import norm, norm_product
 from hybrid_policy.kernels.norm_product import norm_product_reference
 
+from .devices import on_hopper
 from .machine_code import compiled, disassembled, nvcc
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-hopper = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")]
 FP8 = torch.float8_e4m3fn
 WIDTH = 1152
 
@@ -139,7 +138,7 @@ SUMS, ROUNDED = 4e-3, 5e-2
 
 
 class TestNormProduct:
-    pytestmark = hopper
+    pytestmark = on_hopper
 
     @pytest.mark.parametrize("m", [1, 37, 64, 200, 512, 768])
     @pytest.mark.parametrize("k", [16, 144, WIDTH])

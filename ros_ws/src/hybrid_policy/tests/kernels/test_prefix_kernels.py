@@ -12,6 +12,7 @@ from hybrid_policy.kernels.fp8 import FP8Tensor
 from hybrid_policy.runtime import static_scales
 from hybrid_policy.runtime.projection import padded_between
 
+from .devices import on_hopper
 from .machine_code import compiled, nvcc
 
 interpreted = pytest.mark.skipif(
@@ -19,12 +20,6 @@ interpreted = pytest.mark.skipif(
     reason="needs a GPU or TRITON_INTERPRET=1",
 )
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-hopper = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-    ),
-]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -216,7 +211,7 @@ def test_machine_code_without_spills_or_serialised_products(tmp_path, sources, m
 @pytest.mark.parametrize("rows", [37, 560])
 @pytest.mark.parametrize("cluster", [1, 2, 3, 4])
 class TestPrefixAttention:
-    pytestmark = hopper
+    pytestmark = on_hopper
 
     def test_agrees_with_the_reference(self, rows, cluster):
         capacity = 800
@@ -265,7 +260,7 @@ class TestGeglu:
 @pytest.mark.parametrize(("n", "k"), [(3456, 1152), (1152, 4352), (4352, 1152), (136, 144)])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
 class TestProduct:
-    pytestmark = hopper
+    pytestmark = on_hopper
 
     def test_agrees_with_float64(self, rows, n, k, dtype):
         product = hopper_product.hopper_product
@@ -296,7 +291,7 @@ class TestProduct:
 
 @pytest.mark.parametrize(("tokens", "heads", "head_dim"), [(256, 16, 72), (64, 2, 64), (192, 3, 40)])
 class TestVisionAttention:
-    pytestmark = hopper
+    pytestmark = on_hopper
 
     def test_agrees_with_the_library(self, tokens, heads, head_dim):
         qkv = torch.randn(3 * tokens, 3 * heads * head_dim, dtype=torch.bfloat16) * 1.5

@@ -11,10 +11,9 @@ from hybrid_policy.kernels import qkv_product as qkv
 from hybrid_policy.kernels.qkv import rope_split, rope_tables
 from hybrid_policy.kernels.qkv_product import QkvPlan, make_plan, plan_qkv_product, qkv_product_reference
 
+from .devices import on_hopper
 from .machine_code import compiled, disassembled, nvcc
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-hopper = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")]
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 
 
@@ -205,7 +204,7 @@ def same(one, other):
 
 
 class TestProduct:
-    pytestmark = hopper
+    pytestmark = on_hopper
 
     @pytest.mark.parametrize("dtype", [BF16, FP8])
     @pytest.mark.parametrize("heads", [8, 0])  # 0: the last layer, keys and values alone

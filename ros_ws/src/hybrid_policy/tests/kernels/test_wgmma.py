@@ -10,10 +10,9 @@ from hybrid_policy.kernels.gate_up import NormPrologue, geglu_reference, prepare
 from hybrid_policy.kernels.linear import prepare
 from hybrid_policy.kernels.wgmma_tiles import WgmmaTile
 
+from .devices import HOPPER, on_hopper
 from .machine_code import compiled, disassembled, loop_instructions, nvcc
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0")]
 TOKENS = (1, 7, 16, 50, 64, 100, 560, 968)
 
 
@@ -127,7 +126,7 @@ def test_down_compiles_without_spilling(tmp_path, m, given):
 
 
 class TestOnTheGPU:
-    pytestmark = gpu
+    pytestmark = on_hopper
 
     def test_identity_gives_back_every_code_and_scale_bit_for_bit(self):
         """gelu(g) u with g = 32 (so that gelu is the identity) in the gate's rows."""
