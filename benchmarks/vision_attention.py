@@ -1,0 +1,187 @@
+"""Vision's attention (kernels/vision_attention.cu), plan by plan: a chain of launches, and the whole vision stage with it.
+
+    python benchmarks/vision_attention.py --parts check,chain,stage --out results/
+
+The error of a chain's row is against float64, that of a stage's against the stage with the first plan. Microseconds: the
+median of 15 replays of a graph of 12 dependent launches, and of 60 of a stage's graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from engine import OFF, RandomWeights
+from hybrid_policy.kernels import vision_attention as kernel
+from hybrid_policy.kernels.vision_attention import AttentionPlan, vision_attention, vision_attention_reference
+from hybrid_policy.runtime.device_model import DeviceModel
+from hybrid_policy.runtime.device_weights import build_weights
+from hybrid_policy.runtime.loading import device_precisions
+from hybrid_policy.runtime.recipe import load_recipe
+from hybrid_policy.runtime.sites import model_sites
+from hybrid_policy.runtime.stages import parse_table
+from stage_rows import ROWS, chain, guarded, note, relative, write
+from vision_norms import vision_alone
+
+DEVICE = torch.device("cuda")
+HEADS, TOKENS, HEAD_DIM = 16, 256, 72
+SCALE = 0.02
+
+#: (tiles, split, cluster, part)
+PLANS = [
+    (1, 1, 1, 128),
+    (1, 1, 2, 128),
+    (1, 1, 4, 128),
+    (1, 1, 2, 256),
+    (1, 2, 1, 128),
+    (1, 2, 2, 128),
+    (1, 2, 4, 128),
+    (2, 1, 1, 128),
+    (2, 1, 2, 128),
+    (2, 1, 2, 256),
+    (2, 2, 1, 128),
+    (2, 2, 2, 128),
+]
+
+
+def plans(tokens: int = TOKENS, head_dim: int = HEAD_DIM) -> list[AttentionPlan]:
+    """Those of the list that fit the tokens."""
+    found = []
+    for tiles, split, cluster, part in PLANS:
+        blocks = tokens // 64 // tiles
+        if tokens % part == 0 and tokens // part % split == 0 and tokens // 64 % tiles == 0 and blocks % cluster == 0:
+            found.append(AttentionPlan(tokens, head_dim, tiles, split, cluster, part))
+    return found
+
+
+def name(plan: AttentionPlan) -> str:
+    """For the table."""
+    return f"{plan.tiles} tiles, {plan.split} groups each, clusters of {plan.cluster}, {plan.part} keys"
+
+
+def compile_all(quantise: bool) -> None:
+    """The kernels of the whole list, side by side."""
+
+    def one(plan: AttentionPlan) -> None:
+        torch.cuda.set_device(0)
+        kernel._kernel(plan, HEADS, quantise, True, kernel.SPIN_LIMIT, 0)
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(partial(guarded, one), plans()))
+
+
+def expected(qkv: torch.Tensor, heads: int, tokens: int) -> torch.Tensor:
+    """In float64."""
+    return vision_attention_reference(qkv.double(), heads, tokens, None)
+
+
+def check(views: int, heads: int, tokens: int, head_dim: int) -> None:
+    """Each plan in both formats, behind poison; and a key that is not a number."""
+    qkv = torch.randn(views * tokens, 3 * heads * head_dim, device=DEVICE, dtype=torch.bfloat16) * 1.5
+    whole = expected(qkv, heads, tokens)
+    ill = qkv.clone()
+    ill[3, heads * head_dim] = float("nan")  # the first head's key of the first view
+    for plan in plans(tokens, head_dim):
+        for scale, bound in ((None, 6e-3), (SCALE, 4e-2)):
+            poison = torch.full(whole.shape, float("nan"), device=DEVICE).to(
+                torch.bfloat16 if scale is None else torch.float8_e4m3fn
+            )
+            place = poison.data_ptr()
+            del poison
+            out = vision_attention(qkv, heads, tokens, scale, pdl=True, plan=plan)
+            again = vision_attention(qkv, heads, tokens, scale, pdl=True, plan=plan)
+            error = relative(out.float() * (scale or 1.0), whole)
+            bad = vision_attention(ill, heads, tokens, scale, pdl=True, plan=plan).float().isnan()
+            contained = bool(bad[:tokens, :head_dim].all()) and int(bad.sum()) == tokens * head_dim
+            good = error < bound and contained and bool(torch.equal(out.view(torch.uint8), again.view(torch.uint8)))
+            text = f"{views} x {heads} x {tokens} x {head_dim}, {name(plan)}, {'bf16' if scale is None else 'FP8'}"
+            print(f"{'right' if good else 'WRONG'} {text}: error {error:.2e}, NaN contained {contained}, "
+                  f"poisoned {out.data_ptr() == place}", flush=True)  # fmt: skip
+
+
+def chains(views: int, scale: float | None, others: dict) -> None:
+    """Dependent launches over four inputs in turn."""
+    stacked = [torch.randn(views * TOKENS, 3 * 1152, device=DEVICE, dtype=torch.bfloat16) * 1.5 for _ in range(4)]
+    whole = expected(stacked[0], HEADS, TOKENS)
+    form = "bf16" if scale is None else "FP8"
+    calls = others | {name(plan): partial(vision_attention, plan=plan) for plan in plans()}
+    for text, call in [*calls.items(), *list(calls.items())[:1]]:
+
+        def timed(text: str = text, call=call) -> None:
+            error = relative(call(stacked[0], HEADS, TOKENS, scale, pdl=True).float() * (scale or 1.0), whole)
+            runs = [lambda s=s: call(s, HEADS, TOKENS, scale, pdl=True) for s in stacked]
+            note(f"attention {form}, {text}", f"{views} views", chain(*runs), error)
+
+        guarded(timed)
+
+
+def stage(views: int, recipe: str, others: dict, only: list[int]) -> None:
+    """From images to features; the first again at the end."""
+    config = vision_alone(views)
+    precisions = device_precisions(load_recipe(recipe), model_sites(config), DEVICE)
+    weights = build_weights(config, RandomWeights(config), precisions, dtype=torch.bfloat16, expert="split")
+    size = config.image_size
+    images = torch.randint(0, 256, (views, size, size, 3), dtype=torch.uint8, device=DEVICE)
+    model = DeviceModel(weights, parse_table("expert=split"), OFF, torch.bfloat16, views)
+    first = None
+    chosen = [plan for plan in plans() if not only or PLANS.index(_key(plan)) in only]
+    calls = others | {name(plan): partial(vision_attention, plan=plan) for plan in chosen}
+    for text, call in [*calls.items(), *list(calls.items())[:2]]:
+
+        def timed(text: str = text, call=call) -> None:
+            nonlocal first
+            model._glue["vision_attention"] = partial(call, pdl=True)
+            microseconds = chain(lambda: model.run_vision(SimpleNamespace(images=images)), launches=1, replays=60)
+            first = model.features.clone() if first is None else first
+            note(f"vision stage {recipe}, {text}", f"{views} views", microseconds, relative(model.features, first))
+
+        guarded(timed)
+
+
+def _key(plan: AttentionPlan) -> tuple[int, int, int, int]:
+    return plan.tiles, plan.split, plan.cluster, plan.part
+
+
+def main() -> None:
+    """Two views and three."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="check,chain,stage", help="some of check, chain, stage")
+    parser.add_argument("--recipes", default="h100,bf16", help="of the stage")
+    parser.add_argument("--views", default="2,3", help="of chain and stage")
+    parser.add_argument("--plans", default="", help="of the stage, by their places in PLANS; all by default")
+    parser.add_argument("--out", type=Path, help="a folder for vision_attention_*.csv")
+    args = parser.parse_args()
+    others = {}
+    try:
+        from hybrid_policy.kernels import old_vision_attention
+
+        others = {"the version before": old_vision_attention.vision_attention}
+    except ImportError:
+        pass
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        if "check" in args.parts:
+            kernel.SPIN_LIMIT = 1 << 20
+            for shape in ((2, 16, 256, 72), (3, 2, 128, 80), (1, 2, 64, 64), (2, 3, 192, 40), (1, 2, 256, 96)):
+                guarded(check, *shape)
+            kernel.SPIN_LIMIT = 0
+        views = [int(text) for text in args.views.split(",")]
+        if "chain" in args.parts:
+            compile_all(True)
+            for each in views:
+                guarded(chains, each, SCALE, others)
+        if "stage" in args.parts:
+            for recipe in args.recipes.split(","):
+                compile_all(recipe == "h100")
+                for each in views:
+                    guarded(stage, each, recipe, others, [int(text) for text in args.plans.split(",") if text])
+    if args.out and ROWS:
+        write(args.out / f"vision_attention_{args.parts.replace(',', '_')}.csv")
+
+
+if __name__ == "__main__":
+    main()
