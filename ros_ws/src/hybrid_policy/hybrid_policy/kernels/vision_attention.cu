@@ -29,7 +29,7 @@ constexpr int Q_ROW = ROW_BYTES > OUT_STRIDE ? ROW_BYTES : OUT_STRIDE;
 constexpr int Q_BYTES = (64 * Q_ROW + 1023) / 1024 * 1024;  // of a tile; its results take the queries' place
 constexpr int KEYS_AT = TILES * Q_BYTES;
 constexpr int VALUES_AT = KEYS_AT + TOKENS * ROW_BYTES;
-constexpr int HALF = SPLIT > 1 ? (PIECES + 1) / 2 : PIECES;  // eights of columns that the first warpgroup finishes
+constexpr int HALF = (PIECES + 1) / 2;              // eights of columns that the first of two warpgroups finishes
 constexpr int JOIN_BYTES = 2048 * PIECES;           // of a tile: what each sends of its sums
 static_assert(SPLIT == 1 || TILES * JOIN_BYTES <= TOKENS * ROW_BYTES, "the halves meet in the keys' place");
 static_assert(WIDE <= 1 && HEAD_DIM % 8 == 0, "head");
