@@ -31,38 +31,25 @@ DEVICE = torch.device("cuda")
 HEADS, TOKENS, HEAD_DIM = 16, 256, 72
 SCALE = 0.02
 
-#: (tiles, split, cluster, part)
-PLANS = [
-    (1, 1, 1, 128),
-    (1, 1, 2, 128),
-    (1, 1, 4, 128),
-    (1, 1, 2, 256),
-    (1, 2, 1, 128),
-    (1, 2, 2, 128),
-    (1, 2, 4, 128),
-    (2, 1, 1, 128),
-    (2, 1, 2, 128),
-    (2, 1, 2, 256),
-    (2, 2, 1, 128),
-    (2, 2, 2, 128),
-]
+#: (tiles of a block, blocks of a cluster, keys of a part)
+PLANS = [(1, 1, 128), (1, 2, 128), (1, 4, 128), (1, 2, 256), (2, 1, 128), (2, 2, 128), (2, 2, 256)]
 #: of views of fewer tokens
-SHORT_PLANS = [(1, 1, 1, 64), (1, 2, 1, 64), (2, 1, 1, 64), (1, 1, 3, 64)]
+SHORT_PLANS = [(1, 1, 64), (2, 1, 64), (1, 3, 64)]
 
 
 def plans(tokens: int = TOKENS, head_dim: int = HEAD_DIM) -> list[AttentionPlan]:
     """Those of the list that fit the tokens."""
     found = []
-    for tiles, split, cluster, part in PLANS if tokens == TOKENS else SHORT_PLANS:
+    for tiles, cluster, part in PLANS if tokens == TOKENS else SHORT_PLANS:
         blocks = tokens // 64 // tiles
-        if tokens % part == 0 and tokens // part % split == 0 and tokens // 64 % tiles == 0 and blocks % cluster == 0:
-            found.append(AttentionPlan(tokens, head_dim, tiles, split, cluster, part))
+        if tokens // 64 % tiles == 0 and blocks % cluster == 0:
+            found.append(AttentionPlan(tokens, head_dim, tiles, cluster, part))
     return found
 
 
 def name(plan: AttentionPlan) -> str:
     """For the table."""
-    return f"{plan.tiles} tiles, {plan.split} groups each, clusters of {plan.cluster}, {plan.part} keys"
+    return f"{plan.tiles} tiles, clusters of {plan.cluster}, {plan.part} keys"
 
 
 def compile_all(chosen: list[AttentionPlan], heads: int, quantise: bool) -> None:
@@ -146,8 +133,8 @@ def stage(views: int, recipe: str, others: dict, only: list[int]) -> None:
         guarded(timed)
 
 
-def _key(plan: AttentionPlan) -> tuple[int, int, int, int]:
-    return plan.tiles, plan.split, plan.cluster, plan.part
+def _key(plan: AttentionPlan) -> tuple[int, int, int]:
+    return plan.tiles, plan.cluster, plan.part
 
 
 def main() -> None:

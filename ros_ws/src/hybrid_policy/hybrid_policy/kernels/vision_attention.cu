@@ -6,21 +6,18 @@
 // are of one head and view; each fetches its share of keys and values for all of them, because what the L2 gives is
 // the bound.
 //
-// A tile's keys come in parts of PART, which SPLIT warpgroups share out: one multiplies while another's softmax keeps the
-// special-function units busy, and the code is as much shorter, which every warp runs through once. With several parts
-// of its own, a warpgroup works out the softmax of one while the values of the one before are multiplied. Two
-// warpgroups join their halves in the place of the keys, each for half of the columns.
+// A tile is a warpgroup's. Its keys come in parts of PART: while the values of one are multiplied, the special-function
+// units work out the next one's softmax.
 //
-// Macros: TOKENS, HEADS, HEAD_DIM, TILES, SPLIT (1 or 2), CLUSTER, PART, QUANTISE, PDL, SPIN_LIMIT. wgmma_common.cu comes
-// first, and before it ``scores_step``, ``values_wide`` and ``values_narrow`` (vision_attention.py).
+// Macros: TOKENS, HEADS, HEAD_DIM, TILES, CLUSTER, PART, QUANTISE, PDL, SPIN_LIMIT. wgmma_common.cu comes first, and before
+// it ``scores_step``, ``values_wide`` and ``values_narrow`` (vision_attention.py).
 
 constexpr int WIDTH = HEADS * HEAD_DIM;
 constexpr int WIDE = HEAD_DIM / 64;                 // boxes of 64 columns
 constexpr int NARROW = (HEAD_DIM % 64 + 15) / 16;   // of 16
 constexpr int ROW_BYTES = 128 * WIDE + 32 * NARROW;
 constexpr int PARTS = TOKENS / PART;
-constexpr int OWN = PARTS / SPLIT;                  // parts of a warpgroup
-constexpr int GROUPS = TILES * SPLIT;               // warpgroups
+constexpr int THREADS = 128 * TILES;
 constexpr int BLOCKS = TOKENS / 64 / TILES;         // of a head and view
 constexpr int PIECES = HEAD_DIM / 8;
 constexpr int PIECE = QUANTISE ? 8 : 16;            // bytes of eight results
@@ -29,11 +26,8 @@ constexpr int Q_ROW = ROW_BYTES > OUT_STRIDE ? ROW_BYTES : OUT_STRIDE;
 constexpr int Q_BYTES = (64 * Q_ROW + 1023) / 1024 * 1024;  // of a tile; its results take the queries' place
 constexpr int KEYS_AT = TILES * Q_BYTES;
 constexpr int VALUES_AT = KEYS_AT + TOKENS * ROW_BYTES;
-constexpr int HALF = (PIECES + 1) / 2;              // eights of columns that the first of two warpgroups finishes
-constexpr int JOIN_BYTES = 2048 * PIECES;           // of a tile: what each sends of its sums
-static_assert(SPLIT == 1 || TILES * JOIN_BYTES <= TOKENS * ROW_BYTES, "the halves meet in the keys' place");
 static_assert(WIDE <= 1 && HEAD_DIM % 8 == 0, "head");
-static_assert(TOKENS % PART == 0 && PART % 64 == 0 && TOKENS / 64 % TILES == 0 && BLOCKS % CLUSTER == 0 && PARTS % SPLIT == 0, "tiles");
+static_assert(TOKENS % PART == 0 && PART % 64 == 0 && TOKENS / 64 % TILES == 0 && BLOCKS % CLUSTER == 0, "tiles");
 
 struct __align__(64) Arguments {
     u8 wide[128];       // tensor maps (head dim, row, 3 * HEADS) of bf16 qkv: boxes of 64 rows and 64 columns
@@ -104,7 +98,7 @@ struct Sums {
 #pragma unroll
         for (int j = 0; j < NARROW; j++) pin(narrow[j]);
     }
-    __device__ __forceinline__ float& at(int piece, int i) {
+    __device__ __forceinline__ float at(int piece, int i) const {
         return piece < 8 * WIDE ? wide[4 * piece + i] : narrow[(piece - 8 * WIDE) / 2][(piece - 8 * WIDE) % 2 * 4 + i];
     }
 };
@@ -148,51 +142,17 @@ __device__ __forceinline__ void softmax_part(
                  "r"(0) : "memory");
 }
 
-// What a thread finishes of o, eights FROM to TO, by its own sums, and where two share a tile by the other's.
-template <int FROM, int TO>
-__device__ __forceinline__ void join(Sums& o, float (&top)[2], float (&sum)[2], u32 place, float2* stats, int share, int tile,
-                                     float scale) {
-    const int thread = threadIdx.x % 128, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
-#pragma unroll
-    for (int j = 0; j < PIECES; j++)
-        if (j < FROM || j >= TO)
-            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(place + j * 2048 + thread * 16), "f"(o.at(j, 0)),
-                         "f"(o.at(j, 1)), "f"(o.at(j, 2)), "f"(o.at(j, 3)) : "memory");
-    if (lane % 4 == 0) {
-        stats[share * 64 + row] = make_float2(top[0], sum[0]);
-        stats[share * 64 + row + 8] = make_float2(top[1], sum[1]);
-    }
-    named_barrier(TILES > 1 ? 1 + tile : 0, 256);
-    float other[2];  // factors
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const float2 there = stats[(1 - share) * 64 + row + 8 * r];
-        float best = fmaxf(top[r], there.x), f = exp2_of((top[r] - best) * scale), g = exp2_of((there.x - best) * scale);
-        float whole = __fdividef(1.0f, f * sum[r] + g * there.y);
-        sum[r] = f * whole, other[r] = g * whole;
-    }
-#pragma unroll
-    for (int j = FROM; j < TO; j++) {
-        float4 y;
-        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(y.x), "=f"(y.y), "=f"(y.z), "=f"(y.w) : "r"(place + j * 2048 + thread * 16) : "memory");
-        o.at(j, 0) = o.at(j, 0) * sum[0] + y.x * other[0], o.at(j, 1) = o.at(j, 1) * sum[0] + y.y * other[0];
-        o.at(j, 2) = o.at(j, 2) * sum[1] + y.z * other[1], o.at(j, 3) = o.at(j, 3) * sum[1] + y.w * other[1];
-    }
-}
-
-// Eights FROM to TO of a warp's sixteen rows, first to ``staged`` and then in whole pieces to ``out``, the first row's place.
-template <int FROM, int TO>
-__device__ __forceinline__ void write_rows(Sums& o, u32 staged, u8* out, float inverse) {
+// A warp's sixteen rows, first to ``staged`` and then in whole pieces to ``out``, the first row's place.
+__device__ __forceinline__ void write_rows(const Sums& o, const float (&factor)[2], u32 staged, u8* out) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         u32 to = staged + (lane / 4 + 8 * r) * OUT_STRIDE + lane % 4 * (PIECE / 4);
 #pragma unroll
-        for (int j = FROM; j < TO; j++) {
-            float x = o.at(j, 2 * r), y = o.at(j, 2 * r + 1);
+        for (int j = 0; j < PIECES; j++) {
+            float x = o.at(j, 2 * r) * factor[r], y = o.at(j, 2 * r + 1) * factor[r];
 #if QUANTISE
-            asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + j * PIECE), "h"(to_e4m3x2(x * inverse, y * inverse)) : "memory");
+            asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + j * PIECE), "h"(to_e4m3x2(x, y)) : "memory");
 #else
             asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + j * PIECE), "r"(pack_bf16(x, y)) : "memory");
 #endif
@@ -200,8 +160,8 @@ __device__ __forceinline__ void write_rows(Sums& o, u32 staged, u8* out, float i
     }
     __syncwarp();
 #pragma unroll
-    for (int i = lane; i < 16 * (TO - FROM); i += 32) {
-        const int row = i / (TO - FROM), piece = FROM + i % (TO - FROM);
+    for (int i = lane; i < 16 * PIECES; i += 32) {
+        const int row = i / PIECES, piece = i % PIECES;
         u32 from = staged + row * OUT_STRIDE + piece * PIECE;
         u8* to = out + (row * WIDTH + piece * 8) * (PIECE / 8);
 #if QUANTISE
@@ -217,18 +177,16 @@ __device__ __forceinline__ void write_rows(Sums& o, u32 staged, u8* out, float i
     }
 }
 
-extern "C" __global__ __launch_bounds__(128 * GROUPS) __cluster_dims__(CLUSTER, 1, 1)
+extern "C" __global__ __launch_bounds__(THREADS) __cluster_dims__(CLUSTER, 1, 1)
 void vision_attention(const __grid_constant__ Arguments a) {
     extern __shared__ u8 memory[];
-    __shared__ u64 barriers[2 * PARTS + 1];
-    __shared__ float2 stats[TILES][128];  // (maximum, sum) of each row by two warpgroups
+    __shared__ u64 barriers[2 * PARTS];
     const u32 base = (shared_address(memory) + 1023) & ~1023u, keys = base + KEYS_AT, values = base + VALUES_AT;
-    const u32 keys_there = shared_address(barriers), values_there = keys_there + 8 * PARTS, scores_there = keys_there + 16 * PARTS;
+    const u32 keys_there = shared_address(barriers), values_there = keys_there + 8 * PARTS;
     const int tile0 = blockIdx.x % BLOCKS * TILES, head = blockIdx.x / BLOCKS % HEADS;
     const int first = blockIdx.x / (BLOCKS * HEADS) * TOKENS;  // row of the view
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2 * PARTS; i++) barrier_init(keys_there + 8 * i, 1);
-        barrier_init(scores_there, 4 * GROUPS);
         barriers_initialised();
         for (int i = 0; i < PARTS; i++) {
             expect(keys_there + 8 * i, (PART + (i == 0 ? 64 * TILES : 0)) * ROW_BYTES);
@@ -255,50 +213,40 @@ void vision_attention(const __grid_constant__ Arguments a) {
             copy_rows<TOKENS, (CLUSTER > 1)>(a, values, i * 64, first + i * 64, 2 * HEADS + head, values_there + i * 64 / PART * 8);
     }
     __syncwarp();
-    const int group = threadIdx.x / 128, tile = group / SPLIT, share = group % SPLIT;
+    const int tile = threadIdx.x / 128;
     const u32 q = base + tile * Q_BYTES;
-    float s[OWN][PART / 2], top[2], sum[2], correction[2];
-    u32 p[OWN][PART / 4];
+    float s[PARTS][PART / 2], top[2], sum[2], correction[2];
+    u32 p[PARTS][PART / 4];
     Sums o;
-    wait(keys_there, 0);  // the queries too
 #pragma unroll
-    for (int i = 0; i < OWN; i++) {
-        if (SPLIT > 1 || i > 0) wait(keys_there + 8 * (share * OWN + i), 0);
-        start_scores(s[i], q, keys, (share * OWN + i) * PART);
+    for (int i = 0; i < PARTS; i++) {
+        wait(keys_there + 8 * i, 0);
+        start_scores(s[i], q, keys, i * PART);
     }
 #pragma unroll
-    for (int i = 0; i < OWN; i++) {
-        const int part = share * OWN + i;
-        products_wait<OWN - 1>();  // the oldest part's scores, behind which the others' and a part's values are under way
+    for (int i = 0; i < PARTS; i++) {
+        products_wait<PARTS - 1>();  // the oldest part's scores, behind which the others' and a part's values are under way
         pin(s[i]);
         softmax_part(s[i], p[i], top, sum, correction, a.scale_log2, i == 0);
         if (i > 0) {
             o.there();
             o.scale(correction);
         }
-        if (i == OWN - 1 && threadIdx.x % 32 == 0) arrive(scores_there);
         // no branch while values are multiplied: the assembler minds the registers that a product reads up to one alone
-        wait(values_there + 8 * part, 0);
-        start_values(o, p[i], values, part * PART, i > 0);
+        wait(values_there + 8 * i, 0);
+        start_values(o, p[i], values, i * PART, i > 0);
     }
+    float factor[2];
 #pragma unroll
-    for (int r = 0; r < 2; r++) sum[r] = quad_sum(sum[r]);
+    for (int r = 0; r < 2; r++) {
+        factor[r] = __fdividef(1.0f, quad_sum(sum[r]));
+#if QUANTISE
+        factor[r] *= a.inverse;
+#endif
+    }
     o.there();
-    wait(scores_there, 0);  // nobody reads queries and keys any more
-    const u32 warp = threadIdx.x / 32 % 4, staged = q + 16 * warp * OUT_STRIDE;
+    named_barrier(TILES > 1 ? 1 + tile : 0, 128);  // nobody reads the tile's queries any more
+    const int warp = threadIdx.x / 32 % 4;
     const long long row = first + (tile0 + tile) * 64 + 16 * warp;
-    u8* out = (u8*)a.out + (row * WIDTH + head * HEAD_DIM) * (PIECE / 8);
-    const u32 place = keys + tile * JOIN_BYTES;
-    if (SPLIT == 1) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) sum[r] = __fdividef(1.0f, sum[r]);
-        o.scale(sum);
-        write_rows<0, PIECES>(o, staged, out, a.inverse);
-    } else if (share == 0) {
-        join<0, HALF>(o, top, sum, place, stats[tile], share, tile, a.scale_log2);
-        write_rows<0, HALF>(o, staged, out, a.inverse);
-    } else {
-        join<HALF, PIECES>(o, top, sum, place, stats[tile], share, tile, a.scale_log2);
-        write_rows<HALF, PIECES>(o, staged, out, a.inverse);
-    }
+    write_rows(o, factor, q + 16 * warp * OUT_STRIDE, (u8*)a.out + (row * WIDTH + head * HEAD_DIM) * (PIECE / 8));
 }

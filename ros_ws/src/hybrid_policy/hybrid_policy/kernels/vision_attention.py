@@ -68,7 +68,7 @@ class AttentionPlan:
 
     Attributes:
         tokens: of a view. head_dim: of a head.
-        tiles: of 64 query rows a block. split: warpgroups that share a tile's keys out, 1 or 2.
+        tiles: of 64 query rows a block, a warpgroup each.
         cluster: blocks of a head and view that fetch its keys and values for one another.
         part: keys whose scores one softmax takes.
     """
@@ -76,14 +76,13 @@ class AttentionPlan:
     tokens: int
     head_dim: int
     tiles: int
-    split: int
     cluster: int
     part: int
 
     @property
     def threads(self) -> int:
         """Of a block."""
-        return 128 * self.tiles * self.split
+        return 128 * self.tiles
 
     @property
     def shared(self) -> int:
@@ -99,7 +98,7 @@ class AttentionPlan:
     def macros(self, heads: int, *, quantise: bool, pdl: bool) -> dict[str, int]:
         """What the source is compiled with."""
         return {
-            "TOKENS": self.tokens, "HEADS": heads, "HEAD_DIM": self.head_dim, "TILES": self.tiles, "SPLIT": self.split,
+            "TOKENS": self.tokens, "HEADS": heads, "HEAD_DIM": self.head_dim, "TILES": self.tiles,
             "CLUSTER": self.cluster, "PART": self.part, "QUANTISE": int(quantise), "PDL": int(pdl),
         }  # fmt: skip
 
@@ -109,7 +108,7 @@ def plan_attention(views: int, heads: int, tokens: int, head_dim: int, processor
     of_head = tokens // ROWS
     tiles = 2 if of_head % 2 == 0 and views * heads * of_head > processors else 1
     cluster = 2 if of_head // tiles % 2 == 0 else 1
-    return AttentionPlan(tokens, head_dim, tiles, 1, cluster, 128 if tokens % 128 == 0 else ROWS)
+    return AttentionPlan(tokens, head_dim, tiles, cluster, 128 if tokens % 128 == 0 else ROWS)
 
 
 class _Arguments(ctypes.Structure):
