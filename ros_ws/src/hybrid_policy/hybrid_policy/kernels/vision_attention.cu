@@ -1,10 +1,10 @@
 // Attention of a vision transformer's layer, for Hopper: at most 256 keys a view, short heads.
 //
-// A block is TILES tiles of 64 query rows, of one head of one view. Queries, keys and values come by tensor
-// copies from the stacked projection, whose map has a dimension of its own for heads, so that what a box reads beyond a
-// head is zero: 64 columns in rows of 128 bytes, then sixteens in rows of 32, both swizzled. The blocks of a cluster
-// are of one head and view; each fetches its share of keys and values for all of them, because what the L2 gives is
-// the bound.
+// A block is TILES tiles of 64 query rows, of one head of one view. Queries, keys and values come by tensor copies from
+// the stacked projection, whose map has a dimension of its own for heads, so that what a box reads beyond a head is
+// zero: 64 columns in rows of 128 bytes, then sixteens in rows of 32, both swizzled. The blocks of a cluster are of one
+// head and view; each fetches its share of keys and values for all of them, because what the L2 gives is the bound. A
+// block waits for all that is sent to it, so nothing can come to one that has ended.
 //
 // A tile is a warpgroup's. Its keys come in parts of PART: while the values of one are multiplied, the special-function
 // units work out the next one's softmax.

@@ -104,9 +104,13 @@ class AttentionPlan:
 
 
 def plan_attention(views: int, heads: int, tokens: int, head_dim: int, processors: int = 132) -> AttentionPlan:
-    """A tile a block while there is a multiprocessor for each, else two that share keys and values."""
+    """Two tiles a block, which share its keys and values; one where half of the multiprocessors hold them all.
+
+    At two views a tile a block is faster alone, but not in the stage: what is left of the GPU, the next launch takes
+    while this one runs.
+    """
     of_head = tokens // ROWS
-    tiles = 2 if of_head % 2 == 0 and views * heads * of_head > processors else 1
+    tiles = 2 if of_head % 2 == 0 and 2 * views * heads * of_head > processors else 1
     cluster = 2 if of_head // tiles % 2 == 0 else 1
     return AttentionPlan(tokens, head_dim, tiles, cluster, 128 if tokens % 128 == 0 else ROWS)
 
