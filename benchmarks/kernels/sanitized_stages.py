@@ -29,13 +29,16 @@ def poison(*shape: int) -> torch.Tensor:
 
 
 def vision() -> Outputs:
-    """vision_attention: one and two warpgroups, head dimensions with and without a piece of zeros, both outputs."""
+    """vision_attention: one and two tiles a block, clusters and none, head dimensions with and without a rest of eight
+    columns, both outputs."""
     outs: Outputs = {}
-    for tokens, heads, head_dim in ((256, 2, 72), (64, 2, 64), (192, 1, 40)):
+    for tokens, heads, head_dim, views in ((256, 2, 72, 1), (256, 2, 72, 100), (64, 2, 64, 1), (192, 1, 40, 1)):
         stacked = normal(tokens, 3 * heads * head_dim).bfloat16()
+        plan = vision_attention.plan_attention(views, 16, tokens, head_dim)
         for scale in (None, 0.02):
-            name = f"{tokens} x {head_dim}, {'bf16' if scale is None else 'FP8'}"
-            outs[name] = vision_attention.vision_attention(stacked, heads, tokens, scale, pdl=scale is not None)
+            name = f"{tokens} x {head_dim}, {plan.tiles} tiles, {'bf16' if scale is None else 'FP8'}"
+            pdl = scale is not None
+            outs[name] = vision_attention.vision_attention(stacked, heads, tokens, scale, pdl=pdl, plan=plan)
     return outs
 
 

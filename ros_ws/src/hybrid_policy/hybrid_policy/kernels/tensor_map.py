@@ -10,7 +10,7 @@ import torch
 from hybrid_policy.kernels.nvrtc import _check, _driver
 
 _TYPES = {torch.uint8: 0, torch.float8_e4m3fn: 0, torch.bfloat16: 9}
-_SWIZZLES = {64: 2, 128: 3}
+_SWIZZLES = {32: 1, 64: 2, 128: 3}
 _PROMOTE_256B = 3
 
 
@@ -41,6 +41,16 @@ def halves_map(matrix: torch.Tensor, head_dim: int) -> bytes:
     half, row = head_dim // 2, k * size
     shape, strides = (k, 8, 2, half // 8, m // head_dim), (row, half * row, 8 * row, head_dim * row)
     return _encode(matrix.data_ptr(), matrix.dtype, shape, strides, (128 // size, 8, 2, 4, 1), 128)
+
+
+def heads_map(matrix: torch.Tensor, head_dim: int, rows: int, columns: int) -> bytes:
+    """128 bytes: boxes of ``rows`` rows and ``columns`` of one head of a contiguous [M, heads * head_dim], swizzled as
+    wide as they are (32, 64 or 128 bytes). What a box reads beyond its head is zero. The coordinates are (column of the
+    head, row, head); a head's bytes are a multiple of 16.
+    """
+    (m, k), size = matrix.shape, matrix.dtype.itemsize
+    shape, strides = (head_dim, m, k // head_dim), (k * size, head_dim * size)
+    return _encode(matrix.data_ptr(), matrix.dtype, shape, strides, (columns, rows, 1), columns * size)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,13 @@ from torch import Tensor
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels.norm import E4M3_MAX
 from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
+from hybrid_policy.kernels.tensor_map import heads_map
 
 SOURCES = kernel_sources("wgmma_common", "vision_attention")
 #: query rows of a warpgroup
 ROWS = 64
+#: > 0: a wait traps after so many polls (tests)
+SPIN_LIMIT = 0
 
 
 def vision_attention_reference(qkv: Tensor, heads: int, tokens: int, out_scale: float | None) -> Tensor:
@@ -35,9 +39,9 @@ def fits(capability: tuple[int, int], tokens: int, head_dim: int) -> bool:
     return capability == (9, 0) and tokens % ROWS == 0 and tokens <= 256 and head_dim % 8 == 0 and head_dim <= 96
 
 
-def step_source(tokens: int, head_dim: int) -> str:
-    """C++ of ``scores_step`` (64 x tokens x 16, both operands shared, K along rows) and of ``values_step``
-    (64 x head_dim x 16, the first in registers, the second with K across rows)."""
+def step_source(part: int) -> str:
+    """C++ of ``scores_step`` (64 x part x 16, both operands shared, K along rows) and of ``values_wide`` and
+    ``values_narrow`` (64 x 64 x 16 and 64 x 16 x 16, the first in registers, the second with K across rows)."""
 
     def text(name: str, n: int, first: str, inputs: list[str], at: str, majors: str) -> str:
         count = n // 2
@@ -52,51 +56,100 @@ def step_source(tokens: int, head_dim: int) -> str:
             f'" : {outputs} : {", ".join(inputs)});\n}}\n'
         )
 
+    shared = ("unsigned long long a", ['"l"(a)', '"l"(b)', '"r"(add)'], "{}, {}", "0, 0")
     registers = [f'"r"(a[{i}])' for i in range(4)]
-    return text(
-        "scores_step", tokens, "unsigned long long a", ['"l"(a)', '"l"(b)', '"r"(add)'], "{}, {}", "0, 0"
-    ) + text(
-        "values_step", head_dim, "const unsigned int* a", [*registers, '"l"(b)', '"r"(add)'],
-        "{{{}, {}, {}, {}}}, {}", "1",
-    )  # fmt: skip
+    mixed = ("const unsigned int* a", [*registers, '"l"(b)', '"r"(add)'], "{{{}, {}, {}, {}}}, {}", "1")
+    return text("scores_step", part, *shared) + text("values_wide", 64, *mixed) + text("values_narrow", 16, *mixed)
 
 
-def plan_groups(tokens: int) -> int:
-    """Warpgroups of a block, which share its keys and values: two, where a view's rows divide by them."""
-    return 2 if tokens % (2 * ROWS) == 0 else 1
+@dataclass(frozen=True)
+class AttentionPlan:
+    """A launch of vision_attention.cu.
+
+    Attributes:
+        tokens: of a view. head_dim: of a head.
+        tiles: of 64 query rows a block, a warpgroup each.
+        cluster: blocks of a head and view that fetch its keys and values for one another.
+        part: keys whose scores one softmax takes.
+    """
+
+    tokens: int
+    head_dim: int
+    tiles: int
+    cluster: int
+    part: int
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 128 * self.tiles
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory: queries (their place takes bf16 results too), keys, values, alignment."""
+        row = self.head_dim // 64 * 128 + -(-(self.head_dim % 64) // 16) * 32
+        q_row = max(row, (self.head_dim // 8 | 1) * 16)
+        return self.tiles * -(-ROWS * q_row // 1024) * 1024 + 2 * self.tokens * row + 1024
+
+    def blocks(self, views: int, heads: int) -> int:
+        """Of a launch."""
+        return views * heads * self.tokens // (ROWS * self.tiles)
+
+    def macros(self, heads: int, *, quantise: bool, pdl: bool) -> dict[str, int]:
+        """What the source is compiled with."""
+        return {
+            "TOKENS": self.tokens, "HEADS": heads, "HEAD_DIM": self.head_dim, "TILES": self.tiles,
+            "CLUSTER": self.cluster, "PART": self.part, "QUANTISE": int(quantise), "PDL": int(pdl),
+        }  # fmt: skip
 
 
-def shared_bytes(tokens: int, head_dim: int) -> int:
-    """Dynamic shared memory of a block."""
-    padded = -(-head_dim // 16) * 2
-    return padded * (plan_groups(tokens) * ROWS * 16 + 16) + 2 * padded * (tokens * 16 + 16) + 128
+def plan_attention(views: int, heads: int, tokens: int, head_dim: int, processors: int = 132) -> AttentionPlan:
+    """Two tiles a block, which share its keys and values; one where half of the multiprocessors hold them all.
+
+    At two views a tile a block is faster alone, but not in the stage: what is left of the GPU, the next launch takes
+    while this one runs.
+    """
+    of_head = tokens // ROWS
+    tiles = 2 if of_head % 2 == 0 and 2 * views * heads * of_head > processors else 1
+    cluster = 2 if of_head // tiles % 2 == 0 else 1
+    return AttentionPlan(tokens, head_dim, tiles, cluster, 128 if tokens % 128 == 0 else ROWS)
 
 
 class _Arguments(ctypes.Structure):
     _fields_ = [
-        ("qkv", ctypes.c_void_p),
+        ("wide", ctypes.c_ubyte * 128),
+        ("narrow", ctypes.c_ubyte * 128),
         ("out", ctypes.c_void_p),
         ("scale_log2", ctypes.c_float),
         ("inverse", ctypes.c_float),
+        ("pad", ctypes.c_ubyte * 48),  # to a multiple of 64
     ]
 
 
 @functools.cache
-def _kernel(tokens: int, heads: int, head_dim: int, quantise: bool, pdl: bool, device: int) -> Kernel:
-    groups = plan_groups(tokens)
-    macros = {"TOKENS": tokens, "HEADS": heads, "HEAD_DIM": head_dim, "GROUPS": groups, "QUANTISE": int(quantise)}
+def _kernel(plan: AttentionPlan, heads: int, quantise: bool, pdl: bool, spin_limit: int, device: int) -> Kernel:
+    macros = plan.macros(heads, quantise=quantise, pdl=pdl) | {"SPIN_LIMIT": spin_limit}
     return Kernel(
-        SOURCES, "vision_attention", macros | {"PDL": int(pdl)}, threads=128 * groups,
-        shared=shared_bytes(tokens, head_dim), pdl=pdl, specific=True, prelude=step_source(tokens, head_dim),
+        SOURCES, "vision_attention", macros, threads=plan.threads, shared=plan.shared, pdl=pdl, specific=True,
+        prelude=step_source(plan.part),
     )  # fmt: skip
 
 
-def vision_attention(qkv: Tensor, heads: int, tokens: int, out_scale: float | None, *, pdl: bool = False) -> Tensor:
+def vision_attention(
+    qkv: Tensor,
+    heads: int,
+    tokens: int,
+    out_scale: float | None,
+    *,
+    pdl: bool = False,
+    plan: AttentionPlan | None = None,
+) -> Tensor:
     """softmax(q kᵀ / sqrt(d)) v of each view and head.
 
     Args:
         qkv: bf16 [views * tokens, 3 * width], contiguous: queries, keys, values; heads side by side in each.
         out_scale: given: the result is divided by it and rounded to FP8.
+        plan: instead of `plan_attention`'s.
 
     Returns:
         [views * tokens, width], bf16 or float8_e4m3fn.
@@ -111,10 +164,18 @@ def vision_attention(qkv: Tensor, heads: int, tokens: int, out_scale: float | No
     dtype = torch.bfloat16 if out_scale is None else torch.float8_e4m3fn
     out = torch.empty(rows, width, dtype=dtype, device=qkv.device)
     head_dim = width // heads
+    plan = plan or plan_attention(rows // tokens, heads, tokens, head_dim, _processors(qkv.device.index))
     arguments = _Arguments(
-        qkv=qkv.data_ptr(), out=out.data_ptr(), scale_log2=head_dim**-0.5 * math.log2(math.e),
+        out=out.data_ptr(), scale_log2=head_dim**-0.5 * math.log2(math.e),
         inverse=1.0 / out_scale if out_scale is not None else 1.0,
     )  # fmt: skip
-    kernel = _kernel(tokens, heads, head_dim, out_scale is not None, pdl, torch.cuda.current_device())
-    kernel((rows // (ROWS * plan_groups(tokens)) * heads, 1), arguments)
+    ctypes.memmove(arguments.wide, heads_map(qkv, head_dim, ROWS, 64), 128)
+    ctypes.memmove(arguments.narrow, heads_map(qkv, head_dim, ROWS, 16), 128)
+    kernel = _kernel(plan, heads, out_scale is not None, pdl, SPIN_LIMIT, torch.cuda.current_device())
+    kernel((plan.blocks(rows // tokens, heads), 1), arguments)
     return out
+
+
+@functools.cache
+def _processors(device: int | None) -> int:
+    return int(torch.cuda.get_device_properties(device or 0).multi_processor_count)

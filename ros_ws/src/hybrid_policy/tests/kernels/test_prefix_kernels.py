@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels import geglu_rows, hopper_product, norm, prefix_attention, prefix_inputs, vision_attention
+from hybrid_policy.kernels import geglu_rows, hopper_product, norm, prefix_attention, prefix_inputs
 from hybrid_policy.kernels.attention import attention_reference
 from hybrid_policy.kernels.fp8 import FP8Tensor
 from hybrid_policy.runtime import static_scales
@@ -173,18 +173,8 @@ def test_zeros_between_two_products_change_nothing():
     torch.testing.assert_close(F.gelu(x @ grown.T + wider) @ last.T, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_which_vision_attention_fits():
-    fits = vision_attention.fits
-    assert fits((9, 0), 256, 72)
-    assert not fits((9, 0), 16, 72)
-    assert not fits((9, 0), 576, 72)
-    assert not fits((8, 9), 256, 72)
-    assert not fits((9, 0), 256, 128)
-
-
 EIGHT = {"SIZE": 1, "BIAS": 1, "GELU": 1, "EIGHT": 1, "PDL": 1}
 SIXTEEN = {"SIZE": 2, "BIAS": 1, "GELU": 1, "EIGHT": 0, "PDL": 1}
-VISION = {"TOKENS": 256, "HEADS": 16, "HEAD_DIM": 72, "GROUPS": 2, "QUANTISE": 1, "PDL": 1}
 
 
 @nvcc
@@ -198,13 +188,10 @@ VISION = {"TOKENS": 256, "HEADS": 16, "HEAD_DIM": 72, "GROUPS": 2, "QUANTISE": 1
         (hopper_product.SOURCES, {"NT": 64, "STAGES": 8, "CM": 2, "CN": 2} | EIGHT),
         (hopper_product.SOURCES, {"NT": 144, "STAGES": 6, "CM": 2, "CN": 2} | SIXTEEN),
         (hopper_product.SOURCES, {"NT": 240, "STAGES": 4, "CM": 1, "CN": 1} | SIXTEEN),
-        (vision_attention.SOURCES, VISION),
     ],
 )
 def test_machine_code_without_spills_or_serialised_products(tmp_path, sources, macros):
     prelude = hopper_product.product_source(macros["SIZE"], macros["NT"]) if "NT" in macros else ""
-    if "TOKENS" in macros:
-        prelude = vision_attention.step_source(macros["TOKENS"], macros["HEAD_DIM"])
     assert compiled(tmp_path, sources, macros, prelude=prelude).stat().st_size > 0
 
 
@@ -287,18 +274,6 @@ class TestProduct:
         for nt, cm, cn in ((64, 1, 1), (64, 1, 2), (64, 2, 1), (64, 2, 2), (72, 2, 1)):
             plan = hopper_product.make_plan(nt, cm, cn, k * dtype.itemsize)
             assert relative(hopper_product.hopper_product(x, w, plan=plan), expected) < 5e-3
-
-
-@pytest.mark.parametrize(("tokens", "heads", "head_dim"), [(256, 16, 72), (64, 2, 64), (192, 3, 40)])
-class TestVisionAttention:
-    pytestmark = on_hopper
-
-    def test_agrees_with_the_library(self, tokens, heads, head_dim):
-        qkv = torch.randn(3 * tokens, 3 * heads * head_dim, dtype=torch.bfloat16) * 1.5
-        expected = vision_attention.vision_attention_reference(qkv.float(), heads, tokens, None)
-        assert relative(vision_attention.vision_attention(qkv, heads, tokens, None), expected) < 6e-3
-        eight = vision_attention.vision_attention(qkv, heads, tokens, 0.02, pdl=True)
-        assert relative(eight.float() * 0.02, expected) < 4e-2
 
 
 class TestGeluQuantise:
