@@ -116,6 +116,9 @@ __device__ __forceinline__ void softmax_tile(
         s[i] = exp2_of(s[i] * scale - top[i / 2 % 2] * scale);
         sum[i / 2 % 2] += s[i];
     }
+    // a store that never happens: without it the assembler puts the wait for the values' product before all of the above
+    asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}" ::"f"(sum[0] + sum[1]),
+                 "r"(0) : "memory");
 }
 
 __device__ __forceinline__ void pack_tile(const float (&s)[32], u32 (&p)[16]) {

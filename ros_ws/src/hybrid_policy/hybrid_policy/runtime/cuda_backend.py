@@ -52,7 +52,7 @@ def _on(stream: torch.cuda.Stream) -> Iterator[None]:
 
 @dataclass
 class _Graphs:
-    """One for the first launches, one for all others; or one a stage where stages are timed."""
+    """One graph for all, or one a stage where stages are timed."""
 
     parts: tuple[torch.cuda.CUDAGraph, ...]
 
@@ -124,8 +124,7 @@ class CudaBackend:
                     part.replay()
                     event.record()
             else:
-                for part in graphs.parts:
-                    part.replay()
+                graphs.parts[0].replay()
             self._done.record()
             self._done.synchronize()
         result = self._out_view.copy()
@@ -148,17 +147,6 @@ class CudaBackend:
             model.run_denoise(inputs)
             self._out.copy_(model.x, non_blocking=True)
 
-        lead: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-
-        def begin() -> None:
-            self._blob.send()
-            lead.append(model.begin_vision(inputs))
-
-        def others() -> None:
-            model.finish_vision(*lead[-1])
-            prefix()
-            denoise()
-
         stages = (vision, prefix, denoise)
         inputs.valid.fill_(rows)
         with _TURNS[self._device.index or 0], torch.cuda.stream(self._stream), torch.inference_mode():
@@ -166,10 +154,11 @@ class CudaBackend:
                 stage()
             self._stream.synchronize()
             parts = []
-            for part in stages if self._timing else (begin, others):
+            for group in [(s,) for s in stages] if self._timing else [stages]:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                    part()
+                    for stage in group:
+                        stage()
                 parts.append(graph)
         report(f"graph of {rows} rows")
         return _Graphs(tuple(parts))

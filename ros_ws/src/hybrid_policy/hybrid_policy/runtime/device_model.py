@@ -7,7 +7,6 @@ The same code runs in plain PyTorch on a CPU, which is how tests hold it against
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,10 +29,6 @@ from hybrid_policy.runtime.device_weights import DeviceWeights, GemmaLayer, Visi
 from hybrid_policy.runtime.projection import Projection
 from hybrid_policy.runtime.rtc import RealTimeChunking
 from hybrid_policy.runtime.stages import GLUE, StageTable
-
-#: vision's layers that are launched apart, so that the device is at work while the host launches the others: as long as
-#: launching the some 300 kernels behind them takes (measured: 80 µs)
-LEAD = 2
 
 
 @dataclass
@@ -104,32 +99,18 @@ class DeviceModel:
 
     def run_vision(self, inputs: Inputs) -> None:
         """Images to prefix features of all views."""
-        self.finish_vision(*self.begin_vision(inputs))
-
-    def begin_vision(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-        """The first `LEAD` layers; what is still to be added to the stream, and its bias, for `finish_vision`."""
-        w = self.weights
-        self._glue["cut_patches"](inputs.images, self.patches, self.vision_x, w.patch_bias, self.config.vision.patch)
-        return self._vision_layers(w.vision[:LEAD], F.linear(self.patches, w.patch), None)
-
-    def finish_vision(self, addend: Tensor, bias: Tensor | None) -> None:
-        """The other layers, and the projector."""
-        w = self.weights
-        addend, bias = self._vision_layers(w.vision[LEAD:], addend, bias)
-        w.projector(self._layer_normed(w.post_norm, w.dtype, addend, bias), out=self.features)
-
-    def _vision_layers(
-        self, layers: Sequence[VisionLayer], addend: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        config = self.config.vision
-        for layer in layers:
+        w, x, config = self.weights, self.vision_x, self.config.vision
+        self._glue["cut_patches"](inputs.images, self.patches, x, w.patch_bias, config.patch)
+        bias: Tensor | None = None
+        addend = F.linear(self.patches, w.patch)
+        for layer in w.vision:
             h = self._layer_normed(layer.norm1, layer.qkv.input_dtype, addend, bias)
             qkv = self._vision_product(layer.qkv, h)
             seen = self._glue["vision_attention"](qkv, config.heads, self.config.image_tokens, layer.seen_scale)
             h = self._vision_out(layer, seen)
             act = self._vision_product(layer.fc1, h, gelu=True, out_scale=layer.fc2.input_scale)
             addend, bias = self._vision_product(layer.fc2, act), layer.fc2_bias
-        return addend, bias
+        w.projector(self._layer_normed(w.post_norm, w.dtype, addend, bias), out=self.features)
 
     def _vision_out(self, layer: VisionLayer, seen: Tensor) -> Tensor:
         """The product behind attention onto vision_x, then its norm: in one launch where both are FP8."""
