@@ -172,10 +172,14 @@ __device__ __forceinline__ void attend(
 #pragma unroll 1
     for (u32 i = 0; i < (count + 15) / 16; i++) values_step(d, weights + (query_block(i / 4) + i % 4 * 32 >> 4), v + i * (2048 >> 4));
     products_commit();
+    // A row's maximum and sum go to all parts, a row a lane: by one warp, but without a branch while products are under way
+    post2_if(
+        mail + (M_TOPS + ((at.tile * PARTS + at.part) * QUERIES + lane) * 8), __float_as_uint(fmaxf(m.top[lane][0], m.top[lane][1])),
+        __float_as_uint(m.sum[lane][0] + m.sum[lane][1]), warp == 0);
     products_wait<0>();
     pin(d);
     MARK(17);
-    // This part's result goes to the parts that own its dims, 32 each. A row's maximum and sum go to all of them.
+    // This part's result goes to the parts that own its dims, 32 each
     constexpr int DIMS = HEAD_DIM / PARTS;
     static_assert(DIMS == 32, "four parts a warpgroup");
     u8* const outgoing = parcels + (P_SEEN + ((at.tile * PARTS + at.group * 4) * PARTS + at.part) * 2048 + warp % 4 * 512 + lane * 8);
@@ -183,11 +187,6 @@ __device__ __forceinline__ void attend(
     for (int n = 0; n < HALF_DIMS / 8; n += 2) {
         const float four[4] = {d[4 * n], d[4 * n + 1], d[4 * n + 4], d[4 * n + 5]};
         post_bf16_parcel(outgoing + n / 4 * (PARTS * 2048) + n % 4 / 2 * 256, four, phase);
-    }
-    if (warp == 0) {  // a row a lane
-        const float best = fmaxf(m.top[lane][0], m.top[lane][1]), total = m.sum[lane][0] + m.sum[lane][1];
-        const u32 box = M_TOPS + ((at.tile * PARTS + at.part) * QUERIES + lane) * 8;
-        post2(mail + box, __float_as_uint(best), __float_as_uint(total));
     }
     // the owner: this warp's rows are those of quarter warp / 2, its dims two tiles of eight
     const u32 r = warp / 2 * 8 + g, own_row = first_row + r;

@@ -141,6 +141,9 @@ __device__ __forceinline__ void post(void* to, u32 value) {
 __device__ __forceinline__ void post2(void* to, u32 a, u32 b) {
     asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
 }
+__device__ __forceinline__ void post2_if(void* to, u32 a, u32 b, bool use) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n@p st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};\n}" ::"l"(to), "r"(a), "r"(b), "r"((u32)use) : "memory");
+}
 
 __device__ __forceinline__ void post4(void* to, const uint4& v) {
     asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
