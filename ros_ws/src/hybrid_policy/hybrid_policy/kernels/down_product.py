@@ -74,6 +74,11 @@ def plan_down(m: int, n: int, processors: int = 132) -> DownPlan | None:
     return make_plan(max(16, math.ceil(m / tiles / 8) * 8))
 
 
+def pays_in_pairs(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
+    """Whether to take this and not the library's product."""
+    return m >= 256 and plan_down(m, n) is not None
+
+
 class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_ubyte * 128) for name in ("w", "x")),

@@ -13,6 +13,7 @@ from torch import nn
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import expert as expert_kernels
 from hybrid_policy.kernels import (
+    down_product,
     expert_loop,
     gate_up_product,
     hopper_product,
@@ -217,6 +218,8 @@ def choose_table(
         table = dataclasses.replace(table, gate_up="library")
     if not qkv_product.fits(capability, prefix.heads, prefix.kv_heads, prefix.head_dim, prefix.width, cache):
         table = dataclasses.replace(table, qkv="library")
+    if not down_product.fits(capability, prefix.width, prefix.mlp_dim):
+        table = dataclasses.replace(table, down="library")
     if rtc.mode == "prefix":
         return dataclasses.replace(table, expert="split")
     if table.expert != "loop" or "expert=" in text:
