@@ -8,8 +8,8 @@
 // the first are free, and the partner has said so, before the products end.
 //
 // One warp starts the copies (a ring of STAGES, 128 bytes of K each; the first tiles of W before the kernel in front has
-// ended), two warpgroups multiply 64 rows of W each. With SHARE 2 a cluster has the pairs of two neighbouring tiles of
-// W's rows, and each of two blocks fetches half of x for both.
+// ended), two warpgroups multiply 64 rows of W each. With SHARE 2 the two blocks of a cluster have the same tokens and
+// half of K instead, and fetch half of x each, for both: a quarter less for the L2 to give. Sums then go through memory.
 //
 // Macros: SIZE (bytes of an element of x and W), NT, STAGES, SHARE (1, 2), PDL, SPIN_LIMIT, SHARED (bytes of a block).
 // wgmma_common.cu comes first, and before it ``product`` for SIZE and NT (hopper_product.py). K has more than 128 bytes.
@@ -35,6 +35,8 @@ struct alignas(64) Arguments {
     u8 w[128];  // tensor maps: boxes of FEATURES and of NT / SHARE rows
     u8 x[128];
     u16* out;   // bf16 [tokens, features]
+    float* sums;  // [blocks][FIRST eights][256 threads][4], where SHARE is 2
+    u32* flags;   // [blocks][WARPS], zeros
     int tokens, features, token_tiles;
     int chunks;  // stages of K
     float scale;
@@ -47,15 +49,15 @@ struct Block {
     int begin, count;    // chunks of K
 
     __device__ __forceinline__ Block(const Arguments& a, u32 memory) : memory(memory) {
-        const int cluster = blockIdx.x / (2 * SHARE), half = (a.chunks + 1) / 2;
-        part = blockIdx.x % 2, side = blockIdx.x % (2 * SHARE) / 2;
-        // the tiles of the same features follow each other
-        feature = (cluster / a.token_tiles * SHARE + side) * FEATURES, token = cluster % a.token_tiles * NT;
+        const int rank = blockIdx.x % 2, pair = blockIdx.x / 2, half = (a.chunks + 1) / 2;
+        part = SHARE == 1 ? rank : pair % 2, side = SHARE == 1 ? 0 : rank;
+        const int tile = pair / SHARE;  // the tiles of the same features follow each other
+        feature = (tile / a.token_tiles * SHARE + side) * FEATURES, token = tile % a.token_tiles * NT;
         begin = part * half, count = part ? a.chunks - half : half;
     }
-    // of a block with this half of K, in the cluster
-    __device__ __forceinline__ u32 rank(u32 part, u32 side) const { return side * 2 + part; }
-    __device__ __forceinline__ u32 partner() const { return rank(1 - part, side); }
+    // the other half of K: its rank where SHARE is 1, its block
+    __device__ __forceinline__ u32 partner() const { return 1 - part; }
+    __device__ __forceinline__ u32 partner_block() const { return blockIdx.x ^ 2; }
     // where chunk ``i`` goes: the last one to the last stage
     __device__ __forceinline__ u32 stage(int i) const { return (u32)(i + STAGES - count % STAGES) % STAGES; }
     // the chunk whose products are the last to read what the partner's sums will take; negative: there is none
@@ -81,7 +83,7 @@ __device__ __forceinline__ void fetch_x(const Arguments& a, const Block& b, int 
     const u32 stage = b.stage(i), row = b.side * (NT / SHARE);
     const int column = (b.begin + i) * KE;
     if (SHARE == 1) copy_box(b.x(stage), a.x, column, b.token, b.full(stage));
-    else copy_box_to(b.x(stage) + row * 128, a.x, column, b.token + row, b.full(stage), (u16)(5 << b.part));
+    else copy_box_to(b.x(stage) + row * 128, a.x, column, b.token + row, b.full(stage), 3);
 }
 
 // a whole warp
@@ -124,11 +126,11 @@ struct Consumer {
         if (SHARE == 1) {
             if (lane == 0) arrive(b.empty(stage));
         } else if (lane < SHARE) {
-            arrive_at(b.empty(stage), b.rank(b.part, lane));
+            arrive_at(b.empty(stage), lane);
         }
     }
     __device__ __forceinline__ void take_sums() const {
-        if (lane == 0) arrive_at(b.ready(), b.partner());
+        if (SHARE == 1 && lane == 0) arrive_at(b.ready(), b.partner());
     }
 
     __device__ __forceinline__ void multiply_all() {
@@ -151,19 +153,57 @@ struct Consumer {
         pin(sum);
     }
 
+    __device__ __forceinline__ float* passed_on(u32 block) const {
+        return a.sums + (long long)block * (FIRST * SUMS_BYTES / 4) + (warp * 32 + lane) * 4;
+    }
+
     // sums of eights BEGIN to END of tokens, each thread's own to the same thread of the partner
     template <int BEGIN, int END>
     __device__ __forceinline__ void send() const {
-        await(b.ready(), 0);
-        const u32 to = of_rank(b.memory + (warp * 32 + lane) * 16, b.partner()), bar = of_rank(b.summed(warp), b.partner());
+        if constexpr (SHARE == 1) {
+            await(b.ready(), 0);
+            const u32 to = of_rank(b.memory + (warp * 32 + lane) * 16, b.partner());
+            const u32 bar = of_rank(b.summed(warp), b.partner());
 #pragma unroll
-        for (int j = BEGIN; j < END; j++)
-            send4(to + (j - BEGIN) * SUMS_BYTES, bar, sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]);
+            for (int j = BEGIN; j < END; j++)
+                send4(to + (j - BEGIN) * SUMS_BYTES, bar, sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]);
+        } else {
+            float* to = passed_on(b.partner_block());
+#pragma unroll
+            for (int j = BEGIN; j < END; j++)
+                asm volatile("st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + (j - BEGIN) * (SUMS_BYTES / 4)),
+                             "f"(sum[4 * j]), "f"(sum[4 * j + 1]), "f"(sum[4 * j + 2]), "f"(sum[4 * j + 3]) : "memory");
+            __syncwarp();
+            if (lane == 0)
+                asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(a.flags + b.partner_block() * WARPS + warp), "r"(1)
+                             : "memory");
+        }
+    }
+
+    // until the partner's have come
+    __device__ __forceinline__ void await_sums() const {
+        if constexpr (SHARE == 1) {
+            await(b.summed(warp), 0);
+        } else {
+            u32* flag = a.flags + blockIdx.x * WARPS + warp;
+            if (lane == 0) {
+                for (u32 there = 0, polls = 0; !there && !(SPIN_LIMIT && polls > SPIN_LIMIT); polls++)
+                    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(flag) : "memory");
+                asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(0) : "memory");
+            }
+            __syncwarp();
+        }
+    }
+    __device__ __forceinline__ float4 partners(int j) const {
+        if constexpr (SHARE == 1) return shared4(b.memory + j * SUMS_BYTES + (warp * 32 + lane) * 16);
+        float4 v;
+        asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                     : "l"(passed_on(blockIdx.x) + j * (SUMS_BYTES / 4)) : "memory");
+        return v;
     }
 
     // feature lane / 4 and 8 behind it, each with two tokens, of the block's eight ``j``, its first one at ``begin``
-    __device__ __forceinline__ void whole(int begin, int j, u32& first, u32& second) const {
-        const float4 theirs = shared4(b.memory + j * SUMS_BYTES + (warp * 32 + lane) * 16);
+    __device__ __forceinline__ void whole(const float4& theirs, int begin, int j, u32& first, u32& second) const {
         const float* own = sum + 4 * (begin + j);
         first = pack_bf16((own[0] + theirs.x) * a.scale, (own[1] + theirs.y) * a.scale);
         second = pack_bf16((own[2] + theirs.z) * a.scale, (own[3] + theirs.w) * a.scale);
@@ -174,13 +214,16 @@ struct Consumer {
     __device__ __forceinline__ void store() const {
         const u32 from = b.memory + AT_STAGING + group() * STAGING;
         const u32 to = from + (lane / 16 * 8 + lane % 8) * ROW_BYTES + (2 * (warp % 4) + lane / 8 % 2) * 16;
-        await(b.summed(warp), 0);
+        await_sums();
+        float4 theirs[END - BEGIN];
+#pragma unroll
+        for (int j = 0; j < END - BEGIN; j++) theirs[j] = partners(j);
 #pragma unroll
         for (int j = 0; j < END - BEGIN; j += 2) {
             u32 r[4];
-            whole(BEGIN, j, r[0], r[1]);
+            whole(theirs[j], BEGIN, j, r[0], r[1]);
             if (j + 1 < END - BEGIN) {
-                whole(BEGIN, j + 1, r[2], r[3]);
+                whole(theirs[j + 1], BEGIN, j + 1, r[2], r[3]);
                 transpose4(to + j * (8 * ROW_BYTES), r);
             } else {
                 transpose2(to + j * (8 * ROW_BYTES), r[0], r[1]);
@@ -206,7 +249,7 @@ struct Consumer {
     }
 };
 
-extern "C" __global__ void __cluster_dims__(2 * SHARE, 1, 1) __launch_bounds__(CONSUMERS + 32, 1)
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(CONSUMERS + 32, 1)
     down_product(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(1024) u8 memory[];
     const Block b(a, shared_address(memory));

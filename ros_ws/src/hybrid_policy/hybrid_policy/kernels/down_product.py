@@ -82,10 +82,10 @@ def pays_in_pairs(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
 class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_ubyte * 128) for name in ("w", "x")),
-        ("out", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("out", "sums", "flags")),
         *((name, ctypes.c_int) for name in ("tokens", "features", "token_tiles", "chunks")),
         ("scale", ctypes.c_float),
-        ("pad", ctypes.c_ubyte * 36),  # to a multiple of 64
+        ("pad", ctypes.c_ubyte * 20),  # to a multiple of 64
     ]
 
 
@@ -132,6 +132,9 @@ def down_product(
         out=out.data_ptr(), tokens=m, features=n, token_tiles=math.ceil(m / plan.nt),
         chunks=math.ceil(k * size / 128), scale=scale,
     )  # fmt: skip
+    if plan.share == 2:
+        sums, flags = _workspace(x.device)
+        arguments.sums, arguments.flags = sums.data_ptr(), flags.data_ptr()
     ctypes.memmove(arguments.w, tensor_map(weight, FEATURES), 128)
     ctypes.memmove(arguments.x, tensor_map(x, plan.nt // plan.share), 128)
     kernel = _kernel(plan, size, pdl, SPIN_LIMIT, torch.cuda.current_device())
@@ -142,6 +145,11 @@ def down_product(
 def down_reference(x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
     """The mathematics of `down_product`, in float64."""
     return x.double() @ weight.double().T * scale
+
+
+@functools.cache
+def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.empty(264 * 16 * 1024, device=device), torch.zeros(264 * 8, dtype=torch.int32, device=device)
 
 
 @functools.cache
