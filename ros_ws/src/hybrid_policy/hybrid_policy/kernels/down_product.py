@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels.hopper_product import product_source
+from hybrid_policy.kernels.hopper_product import product_instruction, product_source
 from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
 from hybrid_policy.kernels.tensor_map import tensor_map
 
@@ -34,26 +34,26 @@ class DownPlan:
     Attributes:
         nt: tokens of a tile, a multiple of 8.
         stages: of 128 bytes of K in flight.
-        share: neighbouring tiles of features that fetch their tokens together, 1 or 2.
+        ahead: stages of W that are asked for before the kernel in front has ended.
     """
 
     nt: int
     stages: int
-    share: int = 1
+    ahead: int = 3
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory."""
         return self.stages * (_stage_bytes(self.nt) + 16) + 72
 
-    def clusters(self, m: int, n: int) -> int:
-        """For an [M, N]; of 2 * ``share`` blocks."""
-        return math.ceil(m / self.nt) * math.ceil(n / (FEATURES * self.share))
+    def pairs(self, m: int, n: int) -> int:
+        """Pairs of blocks for an [M, N]."""
+        return math.ceil(m / self.nt) * math.ceil(n / FEATURES)
 
     def macros(self, size: int, *, pdl: bool) -> dict[str, int]:
         """Of the source."""
         return {
-            "SIZE": size, "NT": self.nt, "STAGES": self.stages, "SHARE": self.share, "PDL": int(pdl), "SHARED": SHARED,
+            "SIZE": size, "NT": self.nt, "STAGES": self.stages, "AHEAD": self.ahead, "PDL": int(pdl), "SHARED": SHARED,
         }  # fmt: skip
 
 
@@ -61,9 +61,9 @@ def _stage_bytes(nt: int) -> int:
     return (FEATURES + nt) * 128
 
 
-def make_plan(nt: int, *, share: int = 1) -> DownPlan:
+def make_plan(nt: int) -> DownPlan:
     """With as many stages as there is memory for, eight at most."""
-    return DownPlan(nt, min(8, (SHARED - 72) // (_stage_bytes(nt) + 16)), share)
+    return DownPlan(nt, min(8, (SHARED - 72) // (_stage_bytes(nt) + 16)))
 
 
 def plan_down(m: int, n: int, processors: int = 132) -> DownPlan | None:
@@ -71,7 +71,7 @@ def plan_down(m: int, n: int, processors: int = 132) -> DownPlan | None:
     tiles = processors // 2 // math.ceil(n / FEATURES)
     if tiles == 0 or m > tiles * MOST_TOKENS:
         return None
-    return make_plan(max(16, math.ceil(m / tiles / 8) * 8))
+    return make_plan(max(24, math.ceil(m / tiles / 8) * 8))
 
 
 def pays_in_pairs(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
@@ -79,26 +79,38 @@ def pays_in_pairs(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
     return m >= 256 and plan_down(m, n) is not None
 
 
+def prelude(size: int, nt: int) -> str:
+    """C++ of ``product`` onto the sums of all ``nt`` tokens, which lie in two halves, and onto either half."""
+    own = nt // 16 * 4
+    others = nt // 2 - own
+    halves = sorted({others, own})
+    names = [f"d[{i}]" for i in range(others)] + [f"e[{i}]" for i in range(own)]
+    whole = f"void product(float (&d)[{others}], float (&e)[{own}], unsigned long long a, unsigned long long b)"
+    return "\n".join([product_source(size, 2 * n) for n in halves] + [
+        f"__device__ __forceinline__ {whole} {{\n{product_instruction(size, names)}\n}}\n"
+    ])  # fmt: skip
+
+
 class _Arguments(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_ubyte * 128) for name in ("w", "x")),
-        *((name, ctypes.c_void_p) for name in ("out", "sums", "flags")),
+        *((name, ctypes.c_ubyte * 128) for name in ("w", "x", "middle")),
+        ("out", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in ("tokens", "features", "token_tiles", "chunks")),
         ("scale", ctypes.c_float),
-        ("pad", ctypes.c_ubyte * 20),  # to a multiple of 64
+        ("pad", ctypes.c_ubyte * 36),  # to a multiple of 64
     ]
 
 
 def fits(capability: tuple[int, int], n: int, k: int) -> bool:
-    """Whether down_product.cu takes W [N, K] there: Hopper, whole 16-byte rows of FP8, two stages of K."""
-    return capability == (9, 0) and n % 8 == 0 and k % 16 == 0 and k > 128
+    """Whether down_product.cu takes W [N, K] there: Hopper, whole 16-byte rows of FP8, eight stages in half of K."""
+    return capability == (9, 0) and n % 8 == 0 and k % 16 == 0 and k >= 2048
 
 
 @functools.cache
 def _kernel(plan: DownPlan, size: int, pdl: bool, spin_limit: int, device: int) -> Kernel:
     return Kernel(
         SOURCES, "down_product", plan.macros(size, pdl=pdl) | {"SPIN_LIMIT": spin_limit}, threads=THREADS,
-        shared=plan.shared, pdl=pdl, specific=True, prelude=product_source(size, plan.nt),
+        shared=plan.shared, pdl=pdl, specific=True, prelude=prelude(size, plan.nt),
     )  # fmt: skip
 
 
@@ -121,7 +133,7 @@ def down_product(
     whole = x.is_contiguous() and weight.is_contiguous()
     if weight.shape[1] != k or x.dtype != weight.dtype or x.dtype not in _TYPES or not whole or not fits((9, 0), n, k):
         got = (tuple(x.shape), x.dtype, tuple(weight.shape), weight.dtype)
-        expected = "contiguous [M, K] and [N, K] of one of bf16 and float8_e4m3fn, N a multiple of 8, K of 16 and > 128"
+        expected = "contiguous [M, K] and [N, K] of one of bf16 and float8_e4m3fn, N a multiple of 8, K of 16 and >= 2048"
         raise InputError.at("down_product", "x, weight", got, expected)
     plan = plan or plan_down(m, n, _processors(x.device.index))
     if plan is None:
@@ -132,24 +144,17 @@ def down_product(
         out=out.data_ptr(), tokens=m, features=n, token_tiles=math.ceil(m / plan.nt),
         chunks=math.ceil(k * size / 128), scale=scale,
     )  # fmt: skip
-    if plan.share == 2:
-        sums, flags = _workspace(x.device)
-        arguments.sums, arguments.flags = sums.data_ptr(), flags.data_ptr()
     ctypes.memmove(arguments.w, tensor_map(weight, FEATURES), 128)
-    ctypes.memmove(arguments.x, tensor_map(x, plan.nt // plan.share), 128)
+    ctypes.memmove(arguments.x, tensor_map(x, plan.nt // 16 * 8), 128)
+    ctypes.memmove(arguments.middle, tensor_map(x, 8), 128)
     kernel = _kernel(plan, size, pdl, SPIN_LIMIT, torch.cuda.current_device())
-    kernel((plan.clusters(m, n) * 2 * plan.share, 1), arguments)
+    kernel((2 * plan.pairs(m, n), 1), arguments)
     return out
 
 
 def down_reference(x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
     """The mathematics of `down_product`, in float64."""
     return x.double() @ weight.double().T * scale
-
-
-@functools.cache
-def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.empty(264 * 16 * 1024, device=device), torch.zeros(264 * 8, dtype=torch.int32, device=device)
 
 
 @functools.cache

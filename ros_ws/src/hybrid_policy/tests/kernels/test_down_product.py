@@ -9,7 +9,6 @@ import torch
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import down_product as down
 from hybrid_policy.kernels.down_product import down_reference, make_plan, plan_down
-from hybrid_policy.kernels.hopper_product import product_source
 
 from .devices import on_hopper
 from .machine_code import compiled, disassembled, nvcc
@@ -37,17 +36,17 @@ def test_plans_cover_the_tokens_in_one_wave(m, n, processors):
         assert m > processors // 2 // (n / 128) * down.MOST_TOKENS
         return
     assert plan.nt % 8 == 0
-    assert 16 <= plan.nt <= down.MOST_TOKENS
+    assert 24 <= plan.nt <= down.MOST_TOKENS
     assert plan.shared <= down.SHARED
     assert 4 <= plan.stages <= 8
-    assert plan.clusters(m, n) <= processors // 2
-    assert plan.clusters(m, n) * 128 * plan.nt >= m * n
+    assert plan.pairs(m, n) <= processors // 2
+    assert plan.pairs(m, n) * 128 * plan.nt >= m * n
 
 
 def test_the_prefix_takes_nearly_every_multiprocessor():
     assert plan_down(560, 2048).nt == 144
     assert plan_down(968, 2048).nt == 248
-    assert plan_down(560, 2048).clusters(560, 2048) == plan_down(968, 2048).clusters(968, 2048) == 64
+    assert plan_down(560, 2048).pairs(560, 2048) == plan_down(968, 2048).pairs(968, 2048) == 64
     assert plan_down(993, 2048) is None
     assert plan_down(1, 128 * 67) is None
 
@@ -57,12 +56,12 @@ def test_what_fits():
     assert not down.fits((10, 0), 2048, 16384)
     assert not down.fits((9, 0), 2044, 16384)
     assert not down.fits((9, 0), 2048, 16392)
-    assert not down.fits((9, 0), 2048, 128)
+    assert not down.fits((9, 0), 2048, 2032)
 
 
 def test_inputs_of_other_shapes_are_refused():
-    x, w = torch.zeros(3, 256, dtype=BF16), torch.zeros(64, 256, dtype=BF16)
-    for wrong in (w[:, :128].contiguous(), w.float(), w.to(FP8), w[:60], w.t().contiguous().t()):
+    x, w = torch.zeros(3, 4096, dtype=BF16), torch.zeros(64, 4096, dtype=BF16)
+    for wrong in (w[:, :2048].contiguous(), w.float(), w.to(FP8), w[:60], w.t().contiguous().t()):
         with pytest.raises(InputError, match="x, weight"):
             down.down_product(x, wrong)
 
@@ -78,17 +77,20 @@ def test_inputs_of_other_shapes_are_refused():
         (1, plan_down(968, 2048)),
         (2, plan_down(560, 2048)),
         (2, plan_down(968, 2048)),
-        (1, make_plan(16)),
-        (1, make_plan(136, share=2)),
+        (1, make_plan(24)),
+        (2, make_plan(24)),
     ],
 )
 @pytest.mark.parametrize("spin_limit", [0, 1 << 18])
 def test_machine_code(tmp_path, size, plan, spin_limit):
     macros = plan.macros(size, pdl=True) | {"SPIN_LIMIT": spin_limit}
-    cubin = compiled(tmp_path, down.SOURCES, macros, prelude=product_source(size, plan.nt))
+    cubin = compiled(tmp_path, down.SOURCES, macros, prelude=down.prelude(size, plan.nt))
     code = disassembled(cubin)
-    assert code.count("QGMMA" if size == 1 else "HGMMA") == 4
-    assert len(re.findall(r"STAS\.128", code)) == plan.nt // 8  # half of the eights from each block of a pair
+    others = plan.nt // 8 - plan.nt // 16
+    pieces = (others + 1) // 2 if size == 1 else others
+    tail = plan.stages - -(-pieces * 4096 // ((128 + plan.nt) * 128))
+    assert code.count("QGMMA" if size == 1 else "HGMMA") == 4 * (1 + 2 * tail)
+    assert len(re.findall(r"STAS\.128", code)) == pieces
     assert "LDL" not in code
     assert "STL" not in code
 
@@ -128,12 +130,11 @@ class TestProduct:
             assert torch.equal(got, down.down_product(x, w, scale))
 
     @pytest.mark.parametrize("dtype", [BF16, FP8])
-    @pytest.mark.parametrize("share", [1, 2])
-    @pytest.mark.parametrize("nt", [16, 24, 136, 144, 248])
-    @pytest.mark.parametrize("k", [144, 400, 2064])
-    def test_every_kind_of_plan(self, k, nt, share, dtype):
+    @pytest.mark.parametrize("nt", [24, 32, 136, 144, 248])
+    @pytest.mark.parametrize("k", [2048, 2064, 2608])
+    def test_every_kind_of_plan(self, k, nt, dtype):
         x, w, scale = inputs(417, 5 * 128 + 24, k, dtype)
-        got = down.down_product(x, w, scale, plan=make_plan(nt, share=share))
+        got = down.down_product(x, w, scale, plan=make_plan(nt))
         assert relative(got, down_reference(x, w, scale)) < 4e-3
 
     @pytest.mark.parametrize("dtype", [BF16, FP8])
