@@ -20,7 +20,7 @@ from hybrid_policy.kernels import vision_attention as vision
 from hybrid_policy.kernels.attention import Attention, AttentionPlan, attention_reference
 from hybrid_policy.kernels.prefix_attention import PrefixAttention
 from hybrid_policy.runtime import static_scales
-from prefix_down import prefixes, products
+from prefix_down import GRAPH_ROWS, prefixes, products
 from prefix_projections import projections
 from stage_rows import ROWS, chain, guarded, layers, note, relative, write
 
@@ -325,11 +325,12 @@ def main() -> int:
                 ("vision", vision_layer, patches),
                 ("prefix", prefix, rows),
                 ("projections", projections, rows),
-                ("down", products, rows),
             ):
                 if name in parts:
                     guarded(call, size)
         if "down" in parts:
+            for rows in GRAPH_ROWS:
+                products(rows)
             prefixes()
     if args.out and ROWS:
         write(args.out / "prefix_stages.csv")

@@ -15,7 +15,7 @@ ROWS: list[dict[str, object]] = []
 
 
 def chain(*calls, launches=12, replays=15, rest=0) -> float:
-    """Median microseconds a launch. rest: clocks of the device before each replay in which it does nothing and cools."""
+    """Median microseconds a launch. rest: clocks before each replay in which the device does nothing, and cools."""
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()  # what the calls read was made on another stream
     with torch.cuda.stream(stream):

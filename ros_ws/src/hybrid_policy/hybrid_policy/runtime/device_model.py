@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid_policy.kernels.down_product import down_product, pays_in_pairs
+from hybrid_policy.kernels.down_product import down_product, pays_in_pairs, processors_of
 from hybrid_policy.kernels.expert import ExpertAttention
 from hybrid_policy.kernels.flow_step import Guide
 from hybrid_policy.kernels.gate_up import NormPrologue, PackedGateUp
@@ -218,8 +218,10 @@ class DeviceModel:
     def _down(self, act: Tensor, product: Projection) -> Tensor:
         """The product behind GeGLU."""
         held = product.held()
-        if self.table.down == "hopper" and held is not None and pays_in_pairs(act.dtype, act.shape[0], *held[0].shape):
-            return down_product(act, *held, pdl=self.table.pdl)
+        if self.table.down == "hopper" and held is not None:
+            n, k = held[0].shape
+            if pays_in_pairs(act.dtype, act.shape[0], n, k, processors_of(self.device)):
+                return down_product(act, *held, pdl=self.table.pdl)
         return product(act)
 
     # ---- action expert -----------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels import expert as expert_kernels
 from hybrid_policy.kernels import (
     down_product,
     expert_loop,
@@ -22,6 +21,7 @@ from hybrid_policy.kernels import (
     qkv_product,
     vision_attention,
 )
+from hybrid_policy.kernels import expert as expert_kernels
 from hybrid_policy.models.checkpoint import Checkpoint
 from hybrid_policy.models.config import Pi05Config
 from hybrid_policy.models.pi05 import EXPERT, keeps_float32

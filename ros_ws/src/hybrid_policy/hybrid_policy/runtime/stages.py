@@ -54,8 +54,8 @@ class StageTable:
     that it does not take by the library all the same), or by the library and a pass behind it.
     ``qkv``: the prefix's queries, keys and values with their RoPE in one launch (``hopper``, kernels/qkv_product.py),
     or by the library and ``rope_split`` behind it, as are FP8 weights with several scales either way.
-    ``down``: the prefix's product behind GeGLU by pairs of blocks (``hopper``, kernels/down_product.py) where that pays,
-    or by the library.
+    ``down``: the prefix's product behind GeGLU by pairs of blocks (``hopper``, kernels/down_product.py) where that
+    pays, or by the library.
 
     pdl: kernels may start before their predecessor ends (programmatic dependent launch).
     """

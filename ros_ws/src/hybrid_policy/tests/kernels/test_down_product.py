@@ -1,5 +1,4 @@
-"""A product with a long K, half of it in each of two blocks: its plans, its machine code, and on a Hopper GPU its
-results."""
+"""A product with a long K, half of it in each of two blocks: plans, machine code, and on a Hopper GPU results."""
 
 import os
 import re
@@ -49,6 +48,16 @@ def test_the_prefix_takes_nearly_every_multiprocessor():
     assert plan_down(560, 2048).pairs(560, 2048) == plan_down(968, 2048).pairs(968, 2048) == 64
     assert plan_down(993, 2048) is None
     assert plan_down(1, 128 * 67) is None
+
+
+def test_where_it_pays():
+    pays = down.pays_in_pairs
+    assert [m for m in (304, 400, 560, 712, 816, 968) if pays(FP8, m, 2048, 16384)] == [400, 560, 712, 968]
+    assert [m for m in (304, 400, 560, 712, 816, 968) if pays(BF16, m, 2048, 16384)] == [712, 816, 968]
+    assert not pays(FP8, 560, 2048, 2048)
+    assert not pays(torch.float32, 968, 2048, 16384)
+    assert not pays(FP8, 1000, 2048, 16384)
+    assert not pays(FP8, 560, 2048, 16384, 114)
 
 
 def test_what_fits():
