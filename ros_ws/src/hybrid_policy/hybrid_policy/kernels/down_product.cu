@@ -10,8 +10,8 @@
 // stages, so the first are free, and the partner has said so, before the tail begins. From E4M3 they cross as bf16: what
 // that adds to the error is less than what a sum of twice the length loses in the tensor core.
 //
-// One warp starts the copies (a ring of STAGES, 128 bytes of K each; AHEAD tiles of W before the kernel in front has
-// ended: more would stand in the way of the first tile of x), two warpgroups multiply 64 rows of W each.
+// One warp starts the copies (a ring of STAGES, 128 bytes of K each; the first AHEAD tiles of W before the kernel in
+// front has ended), two warpgroups multiply 64 rows of W each.
 //
 // Macros: SIZE (bytes of an element of x and W), NT, STAGES, AHEAD, PDL, SPIN_LIMIT, SHARED (bytes of a block).
 // wgmma_common.cu comes first, and before it ``product`` for all of NT and both its halves (down_product.py). Either half
