@@ -129,7 +129,7 @@ def gated() -> Outputs:
     return outs
 
 
-def down() -> Outputs:
+def paired() -> Outputs:
     """down_product: both formats, even and odd eights of tokens, ragged tokens, features and K."""
     outs: Outputs = {}
     for dtype in (torch.bfloat16, torch.float8_e4m3fn):
@@ -142,5 +142,5 @@ def down() -> Outputs:
 
 STAGES: dict[str, Callable[[], Outputs]] = {
     "gated": gated, "normed": normed, "vision": vision, "prefix_attention": prefix, "product": product,
-    "projected": projected, "down": down,
+    "projected": projected, "paired": paired,
 }  # fmt: skip
