@@ -298,17 +298,22 @@ def main() -> int:
             except Exception:
                 traceback.print_exc()
             free()
-        if args.realtime_vla:
-            timed = percentiles(time_realtime_vla(args.realtime_vla, views, tokens, config.horizon, args.replays))
-            rows.append({"case": case, "recipe": "realtime-vla", **timed})
-            print("  " + json.dumps(rows[-1]), flush=True)
-            free()
         for recipe in args.recipes.split(","):
             print(f"{case} {recipe}", flush=True)
             try:
                 rows.append(measure(config, source, recipe, case, tokens, views, expected, args))
                 print("  " + json.dumps(rows[-1]), flush=True)
                 if args.out:  # after each row: what is measured is kept, whatever comes
+                    write(args.out, rows, device)
+            except Exception:
+                traceback.print_exc()
+            free()
+        if args.realtime_vla:
+            try:
+                timed = percentiles(time_realtime_vla(args.realtime_vla, views, tokens, config.horizon, args.replays))
+                rows.append({"case": case, "recipe": "realtime-vla", **timed})
+                print("  " + json.dumps(rows[-1]), flush=True)
+                if args.out:
                     write(args.out, rows, device)
             except Exception:
                 traceback.print_exc()
