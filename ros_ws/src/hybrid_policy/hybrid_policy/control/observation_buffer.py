@@ -116,11 +116,15 @@ class _Input:
 
 @dataclass
 class _Frozen:
-    """Since when a camera has shown the same picture, and where the robot was then."""
+    """Since when a camera has shown the same picture, where the robot was then, and how far it has been from there.
+
+    The farthest, not where it is now: a robot that comes back, or stands because of this very fault, proves nothing.
+    """
 
     digest: int
     since: int
     joints: NDArray[np.float64]
+    moved: float = 0.0
     seconds: float = 0.0
 
 
@@ -289,8 +293,8 @@ class ObservationBuffer:
             self._frozen[name] = _Frozen(digest, stamp, snapshot.joints)
             return
         same = (stamp - last.since) * 1e-9
-        moved = float(np.abs(snapshot.joints - last.joints).max(initial=0.0))
-        last.seconds = same if same >= limit and moved >= FROZEN_MOTION else 0.0
+        last.moved = max(last.moved, float(np.abs(snapshot.joints - last.joints).max(initial=0.0)))
+        last.seconds = same if same >= limit and last.moved >= FROZEN_MOTION else 0.0
 
     def newest_joints(self) -> tuple[int, NDArray[np.float64]] | None:
         """(stamp, float64 [joints]) of the newest joint state; None before the first."""

@@ -126,6 +126,19 @@ def test_frozen_only_while_the_robot_moves(tmp_path: Path) -> None:
     assert run(6_000, moving=True, changing=True) == 0.0
 
 
+def test_a_camera_stays_frozen_when_the_robot_comes_back(tmp_path: Path) -> None:
+    _, buffer = make(tmp_path, TWO_JOINTS)
+    seen = []
+    for k in range(80):  # out and back, and then it stands
+        show(buffer, "cam", 50 * k, 9 if k < 70 else k)
+        joints(buffer, 50 * k, 0.3 * np.sin(np.pi * min(k, 50) / 50))
+        buffer.observe(buffer.snapshot())
+        seen.append(buffer.status(T0)["cam"].frozen > 0.0)
+    began = seen.index(True)
+    assert all(seen[began:70])
+    assert not any(seen[70:])
+
+
 def test_watchdog_names_each_fault(tmp_path: Path) -> None:
     two, buffer = make(tmp_path, TWO_JOINTS)
     watchdog = Watchdog(two.timeouts, output_timeout=1.0)
