@@ -85,6 +85,20 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             Squares squares;
             Words words;  // of the first piece: they wait for the activations, not the other way round
             words.read(ring, at.warp, at.lane, format == 2);
+            // angles of two rows, of two token tiles; they come with the pair's sums
+            const u32 row = first_row + at.warp % 4 * 16 + at.g / 2 * 4, i = row % HEAD_DIM / 2, head = row / HEAD_DIM;
+            float2 cosines[2], sines[2];
+            const auto fetch_angles = [&]() {
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    const u32 token = ((low ? 0 : LOW_TILES) + at.group + j * GROUPS) * 8 + 2 * at.t + at.odd;
+                    cosines[j] = make_float2(1.0f, 1.0f), sines[j] = make_float2(0.0f, 0.0f);
+                    if (token < TOKENS && head <= HEADS) {
+                        const u32 place = (prefix + token) * HALF + i;
+                        cosines[j] = *reinterpret_cast<const float2*>(p.cosines + place), sines[j] = *reinterpret_cast<const float2*>(p.sines + place);
+                    }
+                }
+            };
             await_tokens(activations, place, at.group, apart * 128, row_bytes);
             if (in_pair) squares.ask(at, squares_at);
             Taken taken;
@@ -151,17 +165,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                     MARK(21);
                 }
                 if (stage == QKV) {
-                    const u32 row = first_row + local_row, i = row % HEAD_DIM / 2, head = row / HEAD_DIM;
-                    float2 cosines[2], sines[2];  // of two rows, of two token tiles; they come with the pair's sums
-#pragma unroll
-                    for (int j = 0; j < 2; j++) {
-                        const u32 token = (first_tile + at.group + j * GROUPS) * 8 + token_in_tile;
-                        cosines[j] = make_float2(1.0f, 1.0f), sines[j] = make_float2(0.0f, 0.0f);
-                        if (token < TOKENS && head <= HEADS) {
-                            const u32 place = (prefix + token) * HALF + i;
-                            cosines[j] = *reinterpret_cast<const float2*>(p.cosines + place), sines[j] = *reinterpret_cast<const float2*>(p.sines + place);
-                        }
-                    }
+                    fetch_angles();
                     wait_bytes(pair_barrier, pair_parity);
 #pragma unroll
                     for (int j = 0; j < 2; j++) {
