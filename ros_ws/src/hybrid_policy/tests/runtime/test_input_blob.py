@@ -67,7 +67,8 @@ def test_what_changed_between_inferences_arrives():
     for mask, count in ((every, 7), (every, 7), (every, 4), (two, 4), (every, 7)):
         fresh, wanted = blob(), inputs(mask=mask, count=count)
         assert made.fill(wanted, noise, None) == fresh.fill(wanted, noise, None) == sum(mask) * PATCHES + count
-        made.send(), fresh.send()
+        made.send()
+        fresh.send()
         assert torch.equal(made.inputs.rows, fresh.inputs.rows)
         assert torch.equal(made.inputs.valid, fresh.inputs.valid)
 
