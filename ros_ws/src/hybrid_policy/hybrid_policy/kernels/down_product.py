@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels.hopper_product import product_instruction, product_source
-from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
+from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources, multiprocessors
 from hybrid_policy.kernels.tensor_map import tensor_map
 
 SOURCES = kernel_sources("wgmma_common", "down_product")
@@ -146,7 +146,7 @@ def down_product(
         got = (tuple(x.shape), x.dtype, tuple(weight.shape), weight.dtype)
         expected = "contiguous [M, K] and [N, K] of bf16 or float8_e4m3fn, N a multiple of 8, K of 16 and >= 2048"
         raise InputError.at("down_product", "x, weight", got, expected)
-    plan = plan or plan_down(m, n, processors_of(x.device))
+    plan = plan or plan_down(m, n, multiprocessors(x.device))
     if plan is None:
         raise InputError.at("down_product", "rows", m, "as many as one wave of tiles has (`plan_down`)")
     out = torch.empty(m, n, dtype=torch.bfloat16, device=x.device)
@@ -166,9 +166,3 @@ def down_product(
 def down_reference(x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
     """The mathematics of `down_product`, in float64."""
     return x.double() @ weight.double().T * scale
-
-
-@functools.cache
-def processors_of(device: torch.device) -> int:
-    """How many multiprocessors; none on a CPU."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 0

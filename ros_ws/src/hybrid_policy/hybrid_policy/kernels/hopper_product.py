@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
+from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources, multiprocessors
 from hybrid_policy.kernels.tensor_map import tensor_map
 
 SOURCES = kernel_sources("wgmma_common", "hopper_product")
@@ -192,7 +192,7 @@ def hopper_product(
     kind = torch.bfloat16 if out_scale is None else torch.float8_e4m3fn
     out = torch.empty(m, n, dtype=kind, device=x.device)
     size = x.dtype.itemsize
-    plan = plan or plan_product(m, n, k, size, _processors(x.device.index))
+    plan = plan or plan_product(m, n, k, size, multiprocessors(x.device))
     arguments = _Arguments(
         bias=bias.data_ptr() if bias is not None else None, out=out.data_ptr(), rows=m, columns=n,
         chunks=math.ceil(k * size / 128), scale=scale,
@@ -203,8 +203,3 @@ def hopper_product(
     kernel = _kernel(plan, size, bias is not None, gelu, out_scale is not None, pdl, torch.cuda.current_device())
     kernel((plan.blocks(m, n), 1), arguments)
     return out
-
-
-@functools.cache
-def _processors(device: int | None) -> int:
-    return int(torch.cuda.get_device_properties(device or 0).multi_processor_count)

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid_policy.kernels.down_product import down_product, pays_in_pairs, processors_of
+from hybrid_policy.kernels.down_product import down_product, pays_in_pairs
 from hybrid_policy.kernels.expert import ExpertAttention
 from hybrid_policy.kernels.flow_step import Guide
 from hybrid_policy.kernels.gate_up import NormPrologue, PackedGateUp
 from hybrid_policy.kernels.gate_up_product import gate_up_product
 from hybrid_policy.kernels.hopper_product import hopper_product, pays
 from hybrid_policy.kernels.norm_product import norm_product
+from hybrid_policy.kernels.nvrtc import multiprocessors
 from hybrid_policy.kernels.prefix_attention import PrefixAttention
 from hybrid_policy.kernels.prefix_inputs import padded_patch
 from hybrid_policy.kernels.qkv import rope_tables
@@ -201,7 +202,7 @@ class DeviceModel:
         held = product.held()
         if self.table.down == "hopper" and held is not None:
             n, k = held[0].shape
-            if pays_in_pairs(act.dtype, act.shape[0], n, k, processors_of(self.device)):
+            if pays_in_pairs(act.dtype, act.shape[0], n, k, multiprocessors(self.device)):
                 return down_product(act, *held, pdl=self.table.pdl)
         return product(act)
 
