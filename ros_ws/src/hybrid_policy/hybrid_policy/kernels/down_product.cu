@@ -90,19 +90,29 @@ __device__ __forceinline__ void fetch_x(const Arguments& a, const Block& b, int 
     copy_box(b.x(stage) + OTHERS * 1024, a.x, column, b.token + b.own, bar);
 }
 
-__device__ __forceinline__ void produce(const Arguments& a, const Block& b) {
+// A whole warp. It meets the partner before it waits for anything: racecheck lets nobody of a block pass
+// ``cluster_wait`` until all are there.
+__device__ __forceinline__ void produce(const Arguments& a, const Block& b, u32 lane) {
     const int ahead = min(b.count, AHEAD);
-    prefetch_map(a.w);
-    prefetch_map(a.x);
-    for (int i = 0; i < ahead; i++) fetch_w(a, b, i);
-    wait_for_predecessor();
-    for (int i = 0; i < ahead; i++) fetch_x(a, b, i);
-    for (int i = ahead; i < b.count; i++) {
-        if (i >= STAGES) await(b.empty(b.stage(i)), (i / STAGES - 1) & 1);
-        fetch_w(a, b, i);
-        fetch_x(a, b, i);
+    if (lane == 0) {
+        prefetch_map(a.w);
+        prefetch_map(a.x);
+        for (int i = 0; i < ahead; i++) fetch_w(a, b, i);
     }
-    let_dependents_start();  // near the end: they need not stand by all the while
+    __syncwarp();
+    cluster_wait();
+    if (lane == 0) {
+        wait_for_predecessor();
+        for (int i = 0; i < ahead; i++) fetch_x(a, b, i);
+        for (int i = ahead; i < b.count; i++) {
+            if (i >= STAGES) await(b.empty(b.stage(i)), (i / STAGES - 1) & 1);
+            fetch_w(a, b, i);
+            fetch_x(a, b, i);
+        }
+        let_dependents_start();  // near the end: they need not stand by all the while
+    }
+    __syncwarp();
+    cluster_arrive();
 }
 
 // --------------------------------------------------------------------------------------------------------- results
@@ -260,10 +270,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(CONSUMERS
     __syncthreads();
     cluster_arrive();
     if (warp == WARPS) {
-        if (lane == 0) produce(a, b);
-        __syncwarp();
-        cluster_wait();
-        cluster_arrive();
+        produce(a, b, lane);
     } else {
         Consumer c{a, b, warp, lane};
         cluster_wait();  // the partner's barriers are there
