@@ -20,6 +20,7 @@ from hybrid_policy.kernels import vision_attention as vision
 from hybrid_policy.kernels.attention import Attention, AttentionPlan, attention_reference
 from hybrid_policy.kernels.prefix_attention import PrefixAttention
 from hybrid_policy.runtime import static_scales
+from prefix_down import GRAPH_ROWS, prefixes, products
 from prefix_projections import projections
 from stage_rows import ROWS, chain, guarded, layers, note, relative, write
 
@@ -308,7 +309,7 @@ def main() -> int:
     """Check, then time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--parts", default="attention,geglu,gate_up,vision,prefix,projections")
+    parser.add_argument("--parts", default="attention,geglu,gate_up,vision,prefix,projections,down")
     parser.add_argument("--only-own", action="store_true", help="leave the library's and Triton's out")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -327,6 +328,10 @@ def main() -> int:
             ):
                 if name in parts:
                     guarded(call, size)
+        if "down" in parts:
+            for rows in GRAPH_ROWS:
+                products(rows)
+            prefixes()
     if args.out and ROWS:
         write(args.out / "prefix_stages.csv")
     return 0

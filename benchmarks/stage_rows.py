@@ -14,9 +14,10 @@ import torch
 ROWS: list[dict[str, object]] = []
 
 
-def chain(*calls, launches=12, replays=15) -> float:
-    """Median microseconds a launch."""
+def chain(*calls, launches=12, replays=15, rest=0) -> float:
+    """Median microseconds a launch. rest: clocks before each replay in which the device does nothing, and cools."""
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()  # what the calls read was made on another stream
     with torch.cuda.stream(stream):
         for call in calls:
             call()
@@ -28,6 +29,8 @@ def chain(*calls, launches=12, replays=15) -> float:
     times = []
     for _ in range(replays + 3):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if rest:
+            torch.cuda._sleep(rest)
         begin.record()
         graph.replay()
         end.record()

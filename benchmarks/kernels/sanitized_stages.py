@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from hybrid_policy.kernels import (
+    down_product,
     gate_up_product,
     hopper_product,
     norm_product,
@@ -128,7 +129,18 @@ def gated() -> Outputs:
     return outs
 
 
+def paired() -> Outputs:
+    """down_product: both formats, even and odd eights of tokens, ragged tokens, features and K."""
+    outs: Outputs = {}
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        for m, n, k, nt in ((53, 136, 2064, 24), (70, 256, 2608, 72)):
+            x, w = normal(m, k).to(dtype), normal(n, k).to(dtype)
+            plan = down_product.make_plan(nt)
+            outs[f"{dtype}, {m} x {n} x {k}"] = down_product.down_product(x, w, pdl=nt == 24, plan=plan)
+    return outs
+
+
 STAGES: dict[str, Callable[[], Outputs]] = {
     "gated": gated, "normed": normed, "vision": vision, "prefix_attention": prefix, "product": product,
-    "projected": projected,
+    "projected": projected, "paired": paired,
 }  # fmt: skip

@@ -90,6 +90,11 @@ __device__ __forceinline__ void pin(float (&d)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
+// A shared operand: rows of 128 bytes, their 16-byte pieces XOR row % 8 (as tensor copies swizzle them), from 1024-byte aligned
+// memory. leading: bytes between blocks of 64 columns, where it is read across its rows.
+__device__ __forceinline__ u64 matrix(u32 address, u32 leading = 16) {
+    return (u64)((address & 0x3ffff) >> 4) | (u64)(leading >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
 // of a warpgroup, once its role is known
 template <int REGISTERS>
 __device__ __forceinline__ void more_registers() {

@@ -48,6 +48,7 @@ SOURCES = kernel_sources(
 )
 #: actions of a token as the kernel holds them, zeros behind the last
 LANES = 32
+QUERIES = 32  # rows of attention of a block
 STATIC_BYTES = 7168  # barriers and small tables beside the dynamic shared memory
 _EMPTY = -1  # a word of mail that has not been written
 
@@ -69,11 +70,10 @@ class LoopPlan:
 
     def shared(self) -> int:
         """Bytes of dynamic shared memory; as laid out in expert_loop_layout.cu."""
-        pitch = HEAD_DIM * 2 + 16
-        x = -(-max(self.padded * 512 * self.size, self.keys * pitch) // 1024) * 1024
-        sums = max(GROUPS * self.padded // 8 * 2048, -(-self.keys * pitch // 128) * 128)
-        before = x + sums + 32 * pitch + 32 * (self.keys * 2 + 16)
-        return -(-before // 128) * 128 + self.slots * self.slot
+        rows = self.keys * HEAD_DIM * 2
+        attention = QUERIES * (2 * 128 + HEAD_DIM * 2)
+        x, sums = max(self.padded * 512 * self.size, rows), max(GROUPS * self.padded // 8 * 2048, rows)
+        return attention + x + sums + self.slots * self.slot
 
     @property
     def mail_words(self) -> int:
@@ -96,9 +96,9 @@ def plan_loop(tokens: int, capacity: int, formats: Mapping[str, str], limit: int
     if not 16 <= tokens <= 64 or capacity <= tokens:
         return None
     keys = -(-(capacity - tokens) // PARTS) + -(-tokens // PARTS)
-    keys = -(-keys // 16) * 16
     if keys > 128:
         return None
+    keys = 96 if keys <= 96 else 128
     padded = 56 if tokens <= 56 else 64
     slot = WARPS * LOADS * max(SIXTEEN[fmt][1] for fmt in formats.values())
     for slots in range(6, 2, -1):

@@ -12,7 +12,7 @@
 // a pair (a cluster of two) through distributed shared memory, else as parcels. Clusters of eight would spare those, but
 // an H100 holds 15 of them, not 16: its processors are not spread evenly.
 //
-// Macros: TOKENS; ACTIONS (of a token, at most 32); MT (56 or 64); KEYS (of a block, at most; a multiple of 16); FORMAT_QKV,
+// Macros: TOKENS; ACTIONS (of a token, at most 32); MT (56 or 64); KEYS (of a block, at most: 96 or 128); FORMAT_QKV,
 // FORMAT_O, FORMAT_GATE_UP, FORMAT_DOWN; SLOTS of the ring; AHEAD, in KB; PDL; TRACE.
 
 enum Stage { QKV, OUT, GATE_UP, DOWN };
@@ -44,17 +44,18 @@ constexpr int P_FLOW = P_SEEN + TILES * PARTS * PARTS * 2048, LANES = 32;  // ac
 constexpr int P_FLOW_SQUARES = P_FLOW + PARTS * TILES * 8 * LANES * 4, PARCELS = P_FLOW_SQUARES + PARTS * TILES * 8 * 4;
 static_assert(ACTIONS <= LANES, "a lane an action");
 
-// shared memory: activations (or keys), partial sums (or values), queries (or partial sums of the pair's other block),
-// probabilities, rings
-constexpr int PITCH = HEAD_DIM * 2 + 16, P_PITCH = KEYS * 2 + 16;
+// shared memory: probabilities, queries (or partial sums of the pair's other block), activations (or keys), partial sums (or
+// values), rings. A product's operand has 64 rows, and there are 32 queries: what it reads behind them is what comes next here,
+// which nobody writes then, and nobody looks at what becomes of it.
 constexpr int SUMS = GROUPS * NT * 2048;  // bytes of the warpgroups' partial sums
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int round_up(int a, int to) { return (a + to - 1) / to * to; }
-constexpr int A_X = 0, A_SUMS = round_up(larger(MT * 512 * SIZE, KEYS * PITCH), 1024);
-constexpr int A_Q = A_SUMS + larger(SUMS, round_up(KEYS * PITCH, 128)), A_INBOX = A_Q, A_P = A_Q + QUERIES * PITCH;
-constexpr int A_RINGS = round_up(A_P + QUERIES * P_PITCH, 128), SHARED = A_RINGS + SLOTS * SLOT;
-static_assert(KEYS % 16 == 0 && KEYS <= 128 && SHARED <= 232448 - 6144, "shared memory");
-static_assert(LOW_TILES * 8 * 512 <= QUERIES * PITCH, "partial sums of the pair's other block");
+constexpr int A_P = 0, A_Q = A_P + 2 * QUERIES * 128, A_INBOX = A_Q, A_X = A_Q + QUERIES * HEAD_DIM * 2;
+constexpr int A_SUMS = A_X + larger(MT * 512 * SIZE, KEYS * HEAD_DIM * 2);
+constexpr int A_RINGS = A_SUMS + larger(SUMS, KEYS * HEAD_DIM * 2), SHARED = A_RINGS + SLOTS * SLOT;
+static_assert((KEYS == 96 || KEYS == 128) && SHARED <= 232448 - 6144, "shared memory");
+static_assert(A_X % 1024 == 0 && A_SUMS % 1024 == 0, "the swizzle's pattern goes by the address");
+static_assert(LOW_TILES * 8 * 512 <= QUERIES * HEAD_DIM * 2, "partial sums of the pair's other block");
 
 // pieces of a stage; the k steps of a warp are 16, 8, 32 and 16
 constexpr int N_QKV = 16 / Piece<FORMAT_QKV>::STEPS, N_O = 8 / Piece<FORMAT_O>::STEPS;

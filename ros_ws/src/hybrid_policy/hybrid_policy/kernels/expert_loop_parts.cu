@@ -141,6 +141,9 @@ __device__ __forceinline__ void post(void* to, u32 value) {
 __device__ __forceinline__ void post2(void* to, u32 a, u32 b) {
     asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
 }
+__device__ __forceinline__ void post2_if(void* to, u32 a, u32 b, bool use) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n@p st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};\n}" ::"l"(to), "r"(a), "r"(b), "r"((u32)use) : "memory");
+}
 
 __device__ __forceinline__ void post4(void* to, const uint4& v) {
     asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
@@ -232,7 +235,9 @@ struct Taken {  // a lane's share of two blocks, on its way: products run while 
 
 #define D4(i) "+f"(d[4 * i]), "+f"(d[4 * i + 1]), "+f"(d[4 * i + 2]), "+f"(d[4 * i + 3])
 
-#define FIRST_28 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27"
+#define FIRST_24 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
+#define FIRST_28 FIRST_24 ", %24, %25, %26, %27"
+#define FIRST_32 FIRST_28 ", %28, %29, %30, %31"
 #if MT == 56
 #define MMA_SHAPE "wgmma.mma_async.sync.aligned.m64n56k"
 #define MMA_OPERANDS " {" FIRST_28 "}, {%28, %29, %30, %31}, %32, "
@@ -240,7 +245,7 @@ struct Taken {  // a lane's share of two blocks, on its way: products run while 
 #else
 static_assert(MT == 64, "token tiles");
 #define MMA_SHAPE "wgmma.mma_async.sync.aligned.m64n64k"
-#define MMA_OPERANDS " {" FIRST_28 ", %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, "
+#define MMA_OPERANDS " {" FIRST_32 "}, {%32, %33, %34, %35}, %36, "
 #define MMA_SUMS D4(0), D4(1), D4(2), D4(3), D4(4), D4(5), D4(6), D4(7)
 #endif
 

@@ -119,17 +119,6 @@ __device__ void produce(const Arguments& a, const Block& b, int first, int step)
 }
 
 // --------------------------------------------------------------------------------------------------------- results
-__device__ __forceinline__ void transpose4(u32 at, const u32 (&r)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(r[0]), "r"(r[1]),
-                 "r"(r[2]), "r"(r[3]) : "memory");
-}
-__device__ __forceinline__ void transpose2(u32 at, u32 r0, u32 r1) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(r0), "r"(r1) : "memory");
-}
-__device__ __forceinline__ void transpose1(u32 at, u32 r) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(at), "r"(r) : "memory");
-}
-
 __device__ __forceinline__ void store_box(const void* map, int column, int row, u32 from) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column),
                  "r"(row), "r"(from) : "memory");

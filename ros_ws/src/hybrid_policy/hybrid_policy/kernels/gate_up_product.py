@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
+from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources, multiprocessors
 from hybrid_policy.kernels.tensor_map import paired_map, tensor_map
 
 SOURCES = kernel_sources("wgmma_common", "gate_up_product")
@@ -194,7 +194,7 @@ def gate_up_product(
         given = None if vector is None else (tuple(vector.shape), vector.dtype)
         if given != (((m,), torch.float32) if eight else None):
             raise InputError.at("gate_up_product", name, given, f"float32 [{m}] with float8_e4m3fn, None with bf16")
-    processors = _processors(x.device.index)
+    processors = multiprocessors(x.device)
     plan = plan or plan_gate_up(eight, m, features, k, processors)
     chunks = math.ceil(k * x.dtype.itemsize / 128)
     if plan.eight != eight:
@@ -227,8 +227,3 @@ def gate_up_reference(
     if row_scale is not None:
         gate, up = gate * row_scale.double()[:, None], up * row_scale.double()[:, None]
     return torch.nn.functional.gelu(gate, approximate="tanh") * up
-
-
-@functools.cache
-def _processors(device: int | None) -> int:
-    return int(torch.cuda.get_device_properties(device or 0).multi_processor_count)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
+from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources, multiprocessors
 from hybrid_policy.kernels.tensor_map import tensor_map
 
 SOURCES = kernel_sources("wgmma_common", "hopper_product")
@@ -112,15 +112,22 @@ def product_source(size: int, nt: int) -> str:
     The instruction names each of its nt / 2 accumulators, so its text depends on the width.
     """
     count = nt // 2
-    d = ", ".join(f"%{i}" for i in range(count))
-    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    kind, majors = ("k16.f32.bf16.bf16", ", 0, 0") if size == 2 else ("k32.f32.e4m3.e4m3", "")
-    instruction = f"wgmma.mma_async.sync.aligned.m64n{nt}{kind} {{{d}}}, %{count}, %{count + 1}, p, 1, 1{majors};"
+    instruction = product_instruction(size, [f"d[{i}]" for i in range(count)])
     return (
-        f"__device__ __forceinline__ void product(float (&d)[{count}], unsigned long long a, unsigned long long b) {{\n"
-        f'asm volatile("{{\\n.reg .pred p;\\nsetp.eq.u32 p, 0, 0;\\n{instruction}\\n}}" : {outputs} '
-        ': "l"(a), "l"(b));\n}\n'
+        f"__device__ __forceinline__ void product(float (&d)[{count}], unsigned long long a, unsigned long long b) "
+        f"{{\n{instruction}\n}}\n"
     )
+
+
+def product_instruction(size: int, sums: list[str]) -> str:
+    """C++ statement: the product of shared operands ``a`` and ``b`` onto ``sums``, the names of half as many floats as
+    ``b`` has columns; see `product_source`."""
+    count = len(sums)
+    d = ", ".join(f"%{i}" for i in range(count))
+    outputs = ", ".join(f'"+f"({name})' for name in sums)
+    kind, majors = ("k16.f32.bf16.bf16", ", 0, 0") if size == 2 else ("k32.f32.e4m3.e4m3", "")
+    text = f"wgmma.mma_async.sync.aligned.m64n{2 * count}{kind} {{{d}}}, %{count}, %{count + 1}, p, 1, 1{majors};"
+    return f'asm volatile("{{\\n.reg .pred p;\\nsetp.eq.u32 p, 0, 0;\\n{text}\\n}}" : {outputs} : "l"(a), "l"(b));'
 
 
 class _Arguments(ctypes.Structure):
@@ -185,7 +192,7 @@ def hopper_product(
     kind = torch.bfloat16 if out_scale is None else torch.float8_e4m3fn
     out = torch.empty(m, n, dtype=kind, device=x.device)
     size = x.dtype.itemsize
-    plan = plan or plan_product(m, n, k, size, _processors(x.device.index))
+    plan = plan or plan_product(m, n, k, size, multiprocessors(x.device))
     arguments = _Arguments(
         bias=bias.data_ptr() if bias is not None else None, out=out.data_ptr(), rows=m, columns=n,
         chunks=math.ceil(k * size / 128), scale=scale,
@@ -196,8 +203,3 @@ def hopper_product(
     kernel = _kernel(plan, size, bias is not None, gelu, out_scale is not None, pdl, torch.cuda.current_device())
     kernel((plan.blocks(m, n), 1), arguments)
     return out
-
-
-@functools.cache
-def _processors(device: int | None) -> int:
-    return int(torch.cuda.get_device_properties(device or 0).multi_processor_count)

@@ -46,9 +46,6 @@ struct alignas(64) Arguments {
     float scale, eps;
 };
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-
 struct Block {
     u32 memory, rank;
     __device__ __forceinline__ u32 a(u32 stage) const { return memory + stage * STAGE_BYTES; }
@@ -110,11 +107,6 @@ __device__ __forceinline__ void load2(float& first, float& second, const float* 
 __device__ __forceinline__ float2 shared2(u32 at) {
     float2 v;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at) : "memory");
-    return v;
-}
-__device__ __forceinline__ float4 shared4(u32 at) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at) : "memory");
     return v;
 }
 

@@ -178,3 +178,9 @@ def _load(
     _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin), "module")
     _check(_driver().cuModuleGetFunction(ctypes.byref(handle), module, function.encode()), function)
     return module, handle
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors; none on a CPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 0

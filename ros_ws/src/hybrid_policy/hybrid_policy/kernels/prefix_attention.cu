@@ -80,12 +80,6 @@ __device__ __forceinline__ void values_step(float (&o)[128], const u32* p, u64 v
         : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v));
 }
 
-// Shared-memory matrix of a wgmma, rows of 128 bytes, swizzled. leading: bytes between blocks of 64 columns where the
-// matrix is read along its rows (values); stride: between groups of eight rows.
-__device__ __forceinline__ u64 matrix(u32 address, u32 leading) {
-    return (u64)((address & 0x3ffff) >> 4) | ((u64)(leading >> 4) << 16) | ((u64)(1024 >> 4) << 32) | (1ull << 62);
-}
-
 // Rows from row `first` of a matrix of `rows` rows of 256 columns, zeros behind its end; all threads, a warp a row. The
 // 16-byte pieces of a row of 128 bytes are swizzled by the row (row % 8, which is the warp).
 template <int ROWS>
@@ -122,6 +116,9 @@ __device__ __forceinline__ void softmax_tile(
         s[i] = exp2_of(s[i] * scale - top[i / 2 % 2] * scale);
         sum[i / 2 % 2] += s[i];
     }
+    // a store that never happens: without it the assembler puts the wait for the values' product before all of the above
+    asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}" ::"f"(sum[0] + sum[1]),
+                 "r"(0) : "memory");
 }
 
 __device__ __forceinline__ void pack_tile(const float (&s)[32], u32 (&p)[16]) {

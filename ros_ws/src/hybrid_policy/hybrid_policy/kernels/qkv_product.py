@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels.hopper_product import SHARED_LIMIT, product_source
-from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
+from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources, multiprocessors
 from hybrid_policy.kernels.qkv import rope_split_reference
 from hybrid_policy.kernels.tensor_map import halves_map, tensor_map
 
@@ -149,7 +149,7 @@ def qkv_product(
     if m > capacity:
         raise InputError.at("qkv_product", "rows", m, f"at most the caches' {capacity}")
     size = x.dtype.itemsize
-    plan = plan or plan_qkv_product(m, n, k * size, _processors(x.device.index))
+    plan = plan or plan_qkv_product(m, n, k * size, multiprocessors(x.device))
     arguments = _Arguments(
         row_scale=None if row_scale is None else row_scale.data_ptr(),
         cosines=tables[0].data_ptr(), sines=tables[1].data_ptr(),
@@ -179,8 +179,3 @@ def qkv_product_reference(
     """The mathematics of `qkv_product`: the product in float64, then `qkv.rope_split_reference` in float32."""
     product = (x.double() @ weight.double().T * scale).float()
     rope_split_reference(product, q, k_cache, v_cache, tables, start, row_scale=row_scale)
-
-
-@functools.cache
-def _processors(device: int | None) -> int:
-    return int(torch.cuda.get_device_properties(device or 0).multi_processor_count)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels.norm import E4M3_MAX
-from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
+from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources, multiprocessors
 from hybrid_policy.kernels.tensor_map import heads_map
 
 SOURCES = kernel_sources("wgmma_common", "vision_attention")
@@ -164,7 +164,7 @@ def vision_attention(
     dtype = torch.bfloat16 if out_scale is None else torch.float8_e4m3fn
     out = torch.empty(rows, width, dtype=dtype, device=qkv.device)
     head_dim = width // heads
-    plan = plan or plan_attention(rows // tokens, heads, tokens, head_dim, _processors(qkv.device.index))
+    plan = plan or plan_attention(rows // tokens, heads, tokens, head_dim, multiprocessors(qkv.device))
     arguments = _Arguments(
         out=out.data_ptr(), scale_log2=head_dim**-0.5 * math.log2(math.e),
         inverse=1.0 / out_scale if out_scale is not None else 1.0,
@@ -174,8 +174,3 @@ def vision_attention(
     kernel = _kernel(plan, heads, out_scale is not None, pdl, SPIN_LIMIT, torch.cuda.current_device())
     kernel((plan.blocks(rows // tokens, heads), 1), arguments)
     return out
-
-
-@functools.cache
-def _processors(device: int | None) -> int:
-    return int(torch.cuda.get_device_properties(device or 0).multi_processor_count)

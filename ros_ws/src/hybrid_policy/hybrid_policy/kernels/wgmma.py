@@ -12,7 +12,7 @@ from hybrid_policy.kernels import activations, library, nvfp4, packing, wgmma_li
 from hybrid_policy.kernels.decode import NVFP4_ROW_FACTOR
 from hybrid_policy.kernels.gate_up import NormPrologue, PackedGateUp
 from hybrid_policy.kernels.nvfp4 import NVFP4Tensor
-from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources
+from hybrid_policy.kernels.nvrtc import Kernel, kernel_sources, multiprocessors
 from hybrid_policy.kernels.tensor_map import tensor_map
 from hybrid_policy.kernels.wgmma_tiles import WgmmaTile
 
@@ -131,13 +131,8 @@ class WgmmaWeight(torch.nn.Module):
         ctypes.memmove(arguments.x, tensor_map(x, box), 128)
         clusters = tile.tiles(m, self.n)
         if tile.split == 1:  # a cluster takes several tiles in turn
-            clusters = min(clusters, _multiprocessors(x.device.index) * tile.blocks // tile.cluster)
+            clusters = min(clusters, multiprocessors(x.device) * tile.blocks // tile.cluster)
         kernel((clusters * tile.cluster, 1), arguments)
-
-
-@functools.cache
-def _multiprocessors(device: int | None) -> int:
-    return int(torch.cuda.get_device_properties(device or 0).multi_processor_count)
 
 
 class WgmmaGateUp(PackedGateUp):
@@ -167,7 +162,7 @@ class WgmmaGateUp(PackedGateUp):
         if norm is not None and norm.factor is not None:
             normed = self.scratch.get("normed", (m, k), torch.bfloat16)
             x = activations.rms_norm(x, normed, factor=norm.factor, eps=norm.eps, pdl=pdl)
-        tile = wgmma_tiles.gate_up_tile(m, n, k, _multiprocessors(x.device.index))
+        tile = wgmma_tiles.gate_up_tile(m, n, k, multiprocessors(x.device))
         self.packed.launch(
             x, out, tile, out_scale=out_scale, gate_shift=shifts[0], up_shift=shifts[1],
             squares=None if norm is None else norm.squares, eps=0.0 if norm is None else norm.eps, pdl=pdl,

@@ -19,6 +19,10 @@ __device__ __forceinline__ void cluster_meet() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// the same in two steps, for threads in whatever order
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
 // --------------------------------------------------------------------------------------------------------- barriers
 __device__ __forceinline__ void barriers_initialised() {
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
@@ -82,6 +86,13 @@ __device__ __forceinline__ void prefetch_map(const void* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// four floats of shared memory
+__device__ __forceinline__ float4 shared4(u32 at) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at) : "memory");
+    return v;
+}
+
 // four floats into another block's shared memory; its barrier counts the bytes
 __device__ __forceinline__ void send4(u32 to, u32 bar, float a, float b, float c, float d) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
@@ -89,10 +100,19 @@ __device__ __forceinline__ void send4(u32 to, u32 bar, float a, float b, float c
 }
 
 // ------------------------------------------------------------------------------------------------ warpgroup products
-// A shared operand of rows of 128 bytes (its 16-byte columns permuted within eights of rows, as tensor copies leave
-// them), from 1024-byte aligned memory; adding 2 moves on by 32 bytes of K.
-__device__ __forceinline__ u64 operand(u32 address) {
-    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
+// A matrix read along its rows; adding 2 moves on by 32 bytes of K.
+__device__ __forceinline__ u64 operand(u32 address) { return matrix(address); }
+
+// 8 x 8 pieces of results, two values of 16 bits a thread, transposed to shared memory: a row of 16 bytes a lane's address
+__device__ __forceinline__ void transpose4(u32 at, const u32 (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(r[0]), "r"(r[1]),
+                 "r"(r[2]), "r"(r[3]) : "memory");
+}
+__device__ __forceinline__ void transpose2(u32 at, u32 r0, u32 r1) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(r0), "r"(r1) : "memory");
+}
+__device__ __forceinline__ void transpose1(u32 at, u32 r) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(at), "r"(r) : "memory");
 }
 
 // ------------------------------------------------------------------------------------------------------------ numbers

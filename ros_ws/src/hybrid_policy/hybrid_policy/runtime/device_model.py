@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybrid_policy.kernels.down_product import down_product, pays_in_pairs
 from hybrid_policy.kernels.expert import ExpertAttention
 from hybrid_policy.kernels.flow_step import Guide
 from hybrid_policy.kernels.gate_up import NormPrologue, PackedGateUp
 from hybrid_policy.kernels.gate_up_product import gate_up_product
 from hybrid_policy.kernels.hopper_product import hopper_product, pays
 from hybrid_policy.kernels.norm_product import norm_product
+from hybrid_policy.kernels.nvrtc import multiprocessors
 from hybrid_policy.kernels.prefix_attention import PrefixAttention
 from hybrid_policy.kernels.prefix_inputs import padded_patch
 from hybrid_policy.kernels.qkv import rope_tables
@@ -185,7 +187,7 @@ class DeviceModel:
         weight, factor = gated
         if not down.quantised:
             h, _ = self._normed(x, layer.mlp_in, layer.norm2, addend, row_scale)
-            return down(gate_up_product(h, weight, pdl=self.table.pdl)), None
+            return self._down(gate_up_product(h, weight, pdl=self.table.pdl), down), None
         assert layer.act_factor is not None
         squares, act_scale = torch.empty(2, x.shape[0], dtype=torch.float32, device=self.device)
         h, scale = self._normed(x, layer.mlp_in, layer.norm2, addend, row_scale, squares=squares)
@@ -193,7 +195,16 @@ class DeviceModel:
             h, weight, row_scale=scale, squares=squares, out_scale=act_scale, weight_scale=factor,
             out_factor=layer.act_factor, pdl=self.table.pdl,
         )  # fmt: skip
-        return down(act), act_scale
+        return self._down(act, down), act_scale
+
+    def _down(self, act: Tensor, product: Projection) -> Tensor:
+        """The product behind GeGLU."""
+        held = product.held()
+        if self.table.down == "hopper" and held is not None:
+            n, k = held[0].shape
+            if pays_in_pairs(act.dtype, act.shape[0], n, k, multiprocessors(self.device)):
+                return down_product(act, *held, pdl=self.table.pdl)
+        return product(act)
 
     # ---- action expert -----------------------------------------------------------------------------------
 
@@ -377,16 +388,16 @@ class DeviceModel:
         if isinstance(layer.mlp_in, PackedGateUp):
             act = layer.mlp_in(h)
             if not layer.down.quantised:
-                return layer.down(act), None
+                return self._down(act, layer.down), None
             act, act_scale = self._quantised(act)
-            return layer.down(act), act_scale
+            return self._down(act, layer.down), act_scale
         both = layer.mlp_in(h)
         shape = (both.shape[0], both.shape[1] // 2)
         if not layer.down.quantised:
             act = torch.empty(shape, dtype=self.weights.dtype, device=self.device)
             self._glue["geglu"](both, act, row_scale=scale)
-            return layer.down(act), None
+            return self._down(act, layer.down), None
         act = torch.empty(shape, dtype=torch.float8_e4m3fn, device=self.device)
         act_scale = torch.empty(shape[0], dtype=torch.float32, device=self.device)
         self._glue["geglu"](both, act, row_scale=scale, out_scale=act_scale)
-        return layer.down(act), act_scale
+        return self._down(act, layer.down), act_scale

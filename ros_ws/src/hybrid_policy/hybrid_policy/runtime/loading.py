@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels import expert as expert_kernels
 from hybrid_policy.kernels import (
+    down_product,
     expert_loop,
     gate_up_product,
     hopper_product,
@@ -21,6 +21,7 @@ from hybrid_policy.kernels import (
     qkv_product,
     vision_attention,
 )
+from hybrid_policy.kernels import expert as expert_kernels
 from hybrid_policy.models.checkpoint import Checkpoint
 from hybrid_policy.models.config import Pi05Config
 from hybrid_policy.models.pi05 import EXPERT, keeps_float32
@@ -217,6 +218,8 @@ def choose_table(
         table = dataclasses.replace(table, gate_up="library")
     if not qkv_product.fits(capability, prefix.heads, prefix.kv_heads, prefix.head_dim, prefix.width, cache):
         table = dataclasses.replace(table, qkv="library")
+    if not down_product.fits(capability, prefix.width, prefix.mlp_dim):
+        table = dataclasses.replace(table, down="library")
     if rtc.mode == "prefix":
         return dataclasses.replace(table, expert="split")
     if table.expert != "loop" or "expert=" in text:

@@ -26,7 +26,7 @@ GLUE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "rope_split": (qkv.rope_split_reference, qkv.rope_split),
     "flow_step": (flow_step.flow_step_reference, flow_step.flow_step),
 }
-STAGES = (*GLUE, "attention", "prefix_attention", "vision_product", "vision_norm", "gate_up", "qkv", "expert")
+STAGES = (*GLUE, "attention", "prefix_attention", "vision_product", "vision_norm", "gate_up", "qkv", "down", "expert")
 #: what the stages that are no glue may be
 _CHOICES = {
     "expert": ("loop", "cluster", "fused", "split"),
@@ -35,6 +35,7 @@ _CHOICES = {
     "vision_norm": ("out", "apart"),
     "gate_up": ("hopper", "library"),
     "qkv": ("hopper", "library"),
+    "down": ("hopper", "library"),
     "pdl": ("on", "off"),
 }
 
@@ -53,6 +54,8 @@ class StageTable:
     that it does not take by the library all the same), or by the library and a pass behind it.
     ``qkv``: the prefix's queries, keys and values with their RoPE in one launch (``hopper``, kernels/qkv_product.py),
     or by the library and ``rope_split`` behind it, as are FP8 weights with several scales either way.
+    ``down``: the prefix's product behind GeGLU by pairs of blocks (``hopper``, kernels/down_product.py) where that
+    pays, or by the library.
 
     pdl: kernels may start before their predecessor ends (programmatic dependent launch).
     """
@@ -72,6 +75,7 @@ class StageTable:
     vision_norm: Literal["out", "apart"] = "out"
     gate_up: Literal["hopper", "library"] = "hopper"
     qkv: Literal["hopper", "library"] = "hopper"
+    down: Literal["hopper", "library"] = "hopper"
     expert: Literal["loop", "cluster", "fused", "split"] = "loop"
     pdl: bool = True
 
@@ -118,7 +122,7 @@ class StageTable:
 def plain_table() -> StageTable:
     """Everything in plain PyTorch around library GEMMs: what the kernels are compared with."""
     plain: dict[str, Any] = dict.fromkeys((*GLUE, "attention", "prefix_attention"), "reference")
-    library: dict[str, Any] = dict.fromkeys(("vision_product", "gate_up", "qkv"), "library")
+    library: dict[str, Any] = dict.fromkeys(("vision_product", "gate_up", "qkv", "down"), "library")
     return StageTable(**plain, **library, vision_norm="apart", expert="split", pdl=False)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from hybrid_policy.kernels.down_product import down_reference
 from hybrid_policy.kernels.flow_step import Guide
 from hybrid_policy.kernels.gate_up_product import gate_up_reference
 from hybrid_policy.kernels.norm_product import norm_product_reference
@@ -175,6 +176,30 @@ def test_q_k_v_in_one_launch(recipe, monkeypatch):
     model.table = dataclasses.replace(model.table, qkv="hopper")
     result = run(model, inputs_of(model, inputs, noise))
     assert len(calls) == len(model.weights.prefix)
+    error = np.linalg.norm(result - expected) / np.linalg.norm(expected)
+    assert error < (1e-4 if recipe == "bf16" else 2e-2)  # other roundings of the activations
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8"])
+@pytest.mark.parametrize("gate_up", ["library", "hopper"])
+def test_down_in_pairs(recipe, gate_up, monkeypatch):
+    calls = []
+
+    def down(x, weight, scale, *, pdl):
+        calls.append(1)
+        return down_reference(x, weight, scale).float()
+
+    monkeypatch.setattr(device_model, "down_product", down)
+    monkeypatch.setattr(device_model, "gate_up_product", gate_up_on_the_cpu)
+    inputs, noise, _ = golden_case(0)
+    model = build(recipe)
+    model.table = dataclasses.replace(model.table, gate_up=gate_up)
+    expected = run(model, inputs_of(model, inputs, noise))
+    monkeypatch.setattr(device_model, "pays_in_pairs", lambda dtype, m, *_: m != len(noise))
+    assert not calls
+    model.table = dataclasses.replace(model.table, down="hopper")
+    result = run(model, inputs_of(model, inputs, noise))
+    assert len(calls) == len(model.weights.prefix) - 1
     error = np.linalg.norm(result - expected) / np.linalg.norm(expected)
     assert error < (1e-4 if recipe == "bf16" else 2e-2)  # other roundings of the activations
 

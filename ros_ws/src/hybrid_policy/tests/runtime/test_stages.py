@@ -59,6 +59,7 @@ def table_on_hopper(monkeypatch, recipe="h100", stages=""):
 def test_hopper_takes_its_own_kernels(monkeypatch):
     table = table_on_hopper(monkeypatch)
     assert (table.vision_product, table.vision_norm, table.gate_up, table.qkv) == ("hopper", "out", "hopper", "hopper")
+    assert table.down == "hopper"
     assert table_on_hopper(monkeypatch, stages="qkv=library").qkv == "library"
     assert table_on_hopper(monkeypatch, stages="vision_product=library").vision_norm == "apart"
 
@@ -66,7 +67,7 @@ def test_hopper_takes_its_own_kernels(monkeypatch):
 def test_a_device_that_does_not_fit_takes_the_library():
     table = choose(load_recipe("bf16"), RealTimeChunking("prefix"))
     assert (table.vision_product, table.vision_norm) == ("library", "apart")
-    assert (table.gate_up, table.qkv) == ("library", "library")
+    assert (table.gate_up, table.qkv, table.down) == ("library", "library", "library")
 
 
 def test_outer_dimensions_that_fp8_does_not_take():
