@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hybrid_policy.errors import InputError
 from hybrid_policy.kernels import (
@@ -27,11 +27,14 @@ from hybrid_policy.models.config import Pi05Config
 from hybrid_policy.models.pi05 import EXPERT, keeps_float32
 from hybrid_policy.models.skeleton import skeleton
 from hybrid_policy.runtime.backend import Backend
+from hybrid_policy.runtime.cuda_backend import CudaBackend, row_buckets
+from hybrid_policy.runtime.device_weights import build_weights
+from hybrid_policy.runtime.packer import Report, Source
 from hybrid_policy.runtime.quantized_checkpoint import quantised_sites, read_packed
 from hybrid_policy.runtime.recipe import Recipe
 from hybrid_policy.runtime.reference_backend import ReferenceBackend
 from hybrid_policy.runtime.rtc import RealTimeChunking
-from hybrid_policy.runtime.sites import model_sites, pack_sites, swap_sites
+from hybrid_policy.runtime.sites import Packed, model_sites, pack_sites, swap_sites
 from hybrid_policy.runtime.stages import StageTable, parse_table
 
 
@@ -77,7 +80,7 @@ def load_reference(checkpoint: Checkpoint, recipe: Recipe, rtc: RealTimeChunking
             setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
             bar.step(owner.rpartition(".")[2])
 
-        def read(site: str) -> torch.Tensor:
+        def read(site: str) -> Tensor:
             return model.get_parameter(site + ".weight").detach()
 
         for site, weight in pack_sites(read, precisions, packed):
@@ -99,40 +102,55 @@ def load_cuda(
     """The GPU's backend: weights in their final form on the device, graphs captured."""
     if checkpoint.config.kind != "pi05":
         raise InputError(f"{checkpoint.directory}: pi0 runs on device cpu only; the CUDA engine serves pi0.5")
-    from hybrid_policy.runtime.cuda_backend import CudaBackend, row_buckets
-    from hybrid_policy.runtime.device_weights import build_weights
-
     config = checkpoint.config
-    sites = model_sites(config)
-    precisions = device_precisions(recipe, sites, device)
-    table = choose_table(rtc, recipe, config, precisions, device)
+    device_precisions(recipe, model_sites(config), device)  # refused before anything is read
     packed, _ = read_packed(checkpoint.store, quantised_sites(checkpoint.directory), device)
     buckets = row_buckets(len(config.cameras), config.image_tokens, config.max_token_len)
-    with progress_bar(progress, len(sites) + 1 + len(buckets), "loading") as bar, torch.inference_mode():
 
-        def source(name: str) -> torch.Tensor:
-            return checkpoint.tensor(name, device, torch.float32 if keeps_float32(name) else torch.bfloat16)
+    def source(name: str) -> Tensor:
+        return checkpoint.tensor(name, device, torch.float32 if keeps_float32(name) else torch.bfloat16)
 
+    with progress_bar(progress, len(model_sites(config)) + 1 + len(buckets), "loading") as bar:
+        return build_backend(
+            config, source, recipe, device, rtc, timing=timing, float_images=float_images, buckets=buckets,
+            packed=packed, report=bar.step,
+        )  # fmt: skip
+
+
+def build_backend(
+    config: Pi05Config,
+    source: Source,
+    recipe: Recipe,
+    device: torch.device,
+    rtc: RealTimeChunking,
+    *,
+    timing: bool,
+    buckets: tuple[int, ...],
+    float_images: bool = False,
+    packed: Mapping[str, Packed] | None = None,
+    report: Report = lambda _: None,
+) -> CudaBackend:
+    """A captured backend from a model's weights by name.
+
+    Args:
+        source: parameter name -> tensor on the device, float32 where `keeps_float32`, else bf16.
+        buckets: prefix rows of which graphs are captured (`row_buckets`).
+        packed: sites that come quantised.
+
+    Raises:
+        InputError: what `device_precisions` refuses.
+    """
+    precisions = device_precisions(recipe, model_sites(config), device)
+    table = choose_table(rtc, recipe, config, precisions, device)
+    with torch.inference_mode():
         weights = build_weights(
-            config,
-            source,
-            precisions,
-            dtype=torch.bfloat16,
-            expert=table.expert,
-            pdl=table.pdl,
-            packed=packed,
-            report=bar.step,
-        )
+            config, source, precisions, dtype=torch.bfloat16, expert=table.expert, pdl=table.pdl, packed=packed,
+            report=report,
+        )  # fmt: skip
         return CudaBackend(
-            weights,
-            table,
-            rtc,
-            recipe.prefix_cache,
-            name=recipe.name,
-            timing=timing,
-            float_images=float_images,
-            report=bar.step,
-        )
+            weights, table, rtc, recipe.prefix_cache, name=recipe.name, timing=timing, float_images=float_images,
+            buckets=buckets, report=report,
+        )  # fmt: skip
 
 
 def device_precisions(recipe: Recipe, sites: dict[str, tuple[int, int]], device: torch.device) -> dict[str, str]:

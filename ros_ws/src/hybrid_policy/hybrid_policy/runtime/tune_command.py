@@ -3,16 +3,18 @@
     hybrid-policy tune checkpoints/aloha tuned.yaml --bound 0.1
     hybrid-policy tune checkpoints/aloha tuned.yaml --calibrate observations/ --tokens 48 --json
 
-For each group of sites (vision, prefix and expert; q/k/v, output, the MLP's) and each precision that the device serves,
-the launches are timed on random activations, weights of several layers in turn, and the plain model is run with that
-group alone in that precision to see what it does to the action. The fastest combination whose measured relative action
-error is at most --bound (0.1 is a cosine of about 0.995) is written as a recipe, with the table it was decided from.
+Vision, prefix and expert have groups of sites: q/k/v, output, the MLP's. On a GPU the engine is built with each
+combination of the precisions that the device serves, and its three parts are timed; on a CPU the launches of each group
+are. The plain model is run with each group alone in each precision to see what that does to the action. The fastest
+combination whose measured relative action error is at most --bound (0.1 is a cosine of about 0.995) is written as a
+recipe, with the table it was decided from.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +26,19 @@ from hybrid_policy.models.checkpoint import Checkpoint, load_checkpoint, open_ch
 from hybrid_policy.runtime.calibration import made_up_observations, read_observations
 from hybrid_policy.runtime.loading import progress_bar
 from hybrid_policy.runtime.quantized_checkpoint import quantised_sites
-from hybrid_policy.runtime.recipe import Recipe, Rule, write_recipe
-from hybrid_policy.runtime.tuning import ActionProbe, Choice, Group, Measured, choose, groups_of, time_group
+from hybrid_policy.runtime.recipe import Recipe, write_recipe
+from hybrid_policy.runtime.tuning import (
+    ActionProbe,
+    Choice,
+    Group,
+    Measured,
+    PartTime,
+    Read,
+    choose,
+    groups_of,
+    table_of,
+)
+from hybrid_policy.runtime.tuning_times import builds_on_gpu, rules_of, time_on_cpu, time_on_gpu
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,34 +65,42 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     checkpoint = open_checkpoint(args.checkpoint, args.tokenizer)
     config = checkpoint.config
-    groups = groups_of(config, args.tokens or config.max_token_len)
+    tokens = config.max_token_len if args.tokens is None else args.tokens
+    if not 1 <= tokens <= config.max_token_len:
+        raise InputError.at("tune", "--tokens", tokens, f"1 to {config.max_token_len}, what this policy takes")
+    groups = groups_of(config, tokens)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    wanted = [(group, precision) for group in groups for precision in group.candidates(capability)]
+    alone = [(group.name, precision) for group in groups for precision in group.candidates(capability)]
 
     def read(site: str) -> torch.Tensor:
         return checkpoint.tensor(site + ".weight", device, torch.float32)
 
-    table: list[Measured] = []
-    with progress_bar(True, 2 * len(wanted), "tuning") as bar, torch.inference_mode():
-        for group, precision in wanted:
-            table.append(Measured(group, precision, time_group(group, precision, read, device)))
-            bar.step(f"time of {group.name} in {precision}")
-        probe = _probe(args, checkpoint, groups, device)
-        for entry in table:
-            entry.error = probe.error({entry.group.name: entry.precision})
-            bar.step(f"action with {entry.group.name} in {entry.precision}")
-        choice = choose(table, args.bound, probe.error)
-    recipe = recipe_of(choice, groups, args.out, device, args.bound)
+    timed = len(alone) if capability is None else builds_on_gpu(groups, capability)
+    with progress_bar(True, timed + len(alone), "tuning") as bar, torch.inference_mode():
+        if capability is None:
+            times = time_on_cpu(groups, read, bar.step)
+        else:
+            times = time_on_gpu(checkpoint, groups, tokens, device, bar.step)
+        probe = _probe(args, checkpoint, groups, device, read)
+        errors = {}
+        for name, precision in alone:
+            errors[name, precision] = probe.error({name: precision})
+            bar.step(f"action with {name} in {precision}")
+        choice = choose(times, errors, args.bound, probe.error)
+    table = table_of(groups, times, errors)
+    recipe = recipe_of(choice, table, times, args.out, device, args.bound)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_recipe(args.out, recipe)
     if args.json:
         print(json.dumps({"recipe": str(args.out), **dict(recipe.measured)}))
     else:
-        _print(choice, groups, args)
+        _print(choice, table, times, args)
     return 0
 
 
-def _probe(args: argparse.Namespace, checkpoint: Checkpoint, groups: list[Group], device: torch.device) -> ActionProbe:
+def _probe(
+    args: argparse.Namespace, checkpoint: Checkpoint, groups: list[Group], device: torch.device, read: Read
+) -> ActionProbe:
     if args.calibrate:
         observations = list(read_observations(Path(args.calibrate), args.observations))
     else:
@@ -106,19 +127,14 @@ def _probe(args: argparse.Namespace, checkpoint: Checkpoint, groups: list[Group]
         ]
         return torch.cat(results).double().cpu().numpy()
 
-    def read(site: str) -> torch.Tensor:
-        return checkpoint.tensor(site + ".weight", device, torch.float32)
-
     return ActionProbe(policy.model, actions, read, groups)
 
 
-def recipe_of(choice: Choice, groups: list[Group], out: Path, device: torch.device, bound: float) -> Recipe:
+def recipe_of(
+    choice: Choice, table: list[Measured], times: list[PartTime], out: Path, device: torch.device, bound: float
+) -> Recipe:
     """The chosen precisions as an ordered list of patterns, with what they were chosen from."""
-    rules = [Rule("*", "bf16", str(out))]
-    for group in groups:
-        precision = choice.precisions[group.name]
-        if precision != "bf16":
-            rules += [Rule(pattern, precision, str(out)) for pattern in group.patterns()]
+    groups = list(dict.fromkeys(m.group for m in table))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU reference"
     measured = {
         "device": name,
@@ -130,33 +146,56 @@ def recipe_of(choice: Choice, groups: list[Group], out: Path, device: torch.devi
             {
                 "group": m.group.name,
                 "precision": m.precision,
-                "milliseconds": round(m.seconds * 1e3, 4),
+                "part_milliseconds": round(m.seconds * 1e3, 4),
                 "action_error": round(m.error, 6),
                 "chosen": choice.precisions[m.group.name] == m.precision,
             }
-            for m in choice.table
+            for m in table
+        ],
+        "fastest": [
+            {"part": time.part, "milliseconds": round(time.seconds * 1e3, 4), **_short(time)} for time in fastest(times)
         ],
     }
     return Recipe(
         name=out.stem,
-        rules=tuple(rules),
+        rules=rules_of(groups, choice.precisions, str(out)),
         description=f"Tuned on {name}: action error at most {bound}.",
         source=str(out),
         measured=measured,
     )
 
 
-def _print(choice: Choice, groups: list[Group], args: argparse.Namespace) -> None:
-    print(f"{'group':24} {'rows':>5} {'shape':>14} {'precision':12} {'ms':>9} {'action error':>13}")
-    for m in choice.table:
+def fastest(times: Sequence[PartTime], count: int = 3) -> list[PartTime]:
+    """The fastest combinations of each part."""
+    parts = dict.fromkeys(time.part for time in times)
+    return [time for part in parts for time in sorted((t for t in times if t.part == part), key=_seconds)[:count]]
+
+
+def _seconds(time: PartTime) -> float:
+    return time.seconds
+
+
+def _short(time: PartTime) -> dict[str, str]:
+    """Group -> precision, without the part's name."""
+    return {name.removeprefix(time.part + "."): precision for name, precision in time.precisions.items()}
+
+
+def _print(choice: Choice, table: list[Measured], times: list[PartTime], args: argparse.Namespace) -> None:
+    print("each group alone in a precision, all others in bf16:")
+    print(f"{'group':24} {'rows':>5} {'shape':>14} {'precision':12} {'part, ms':>9} {'action error':>13}")
+    for m in table:
         mark = "*" if choice.precisions[m.group.name] == m.precision else " "
         shape = f"{m.group.shape[0]}x{m.group.shape[1]}"
         print(
             f"{m.group.name:24} {m.group.rows:5} {shape:>14} {m.precision:12} {m.seconds * 1e3:9.3f} "
             f"{m.error:13.5f} {mark}"
         )
+    print("the fastest combinations:")
+    for time in fastest(times):
+        precisions = ", ".join(f"{kind} {precision}" for kind, precision in _short(time).items())
+        print(f"  {time.part:8} {time.seconds * 1e3:9.3f} ms  {precisions}{' *' if time in choice.parts else ''}")
     print(
-        f"chosen (*): {choice.seconds * 1e3:.3f} ms in these launches, action error {choice.measured_error:.5f} "
-        f"(predicted {choice.predicted_error:.5f}, bound {args.bound}); {choice.rejected} faster ones missed the bound"
+        f"chosen (*): {choice.seconds * 1e3:.3f} ms, action error {choice.measured_error:.5f} (predicted "
+        f"{choice.predicted_error:.5f}, bound {args.bound}); {choice.rejected} faster ones missed the bound"
     )
     print(f"written to {args.out}")

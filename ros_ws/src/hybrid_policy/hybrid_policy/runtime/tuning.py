@@ -1,28 +1,19 @@
-"""What `hybrid-policy tune` decides from: each group's time in each precision, and what it does to the action."""
+"""What `hybrid-policy tune` decides from: each part's time in each combination of precisions, the action's error."""
 
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hybrid_policy.errors import InputError
-from hybrid_policy.kernels import expert, hopper_product
-from hybrid_policy.kernels.fp8 import FP8Tensor
-from hybrid_policy.kernels.gate_up import prepare_gate_up
-from hybrid_policy.kernels.linear import prepare
-from hybrid_policy.kernels.norm import gelu_quantise, quantise_rows
-from hybrid_policy.kernels.qkv import rope_tables
 from hybrid_policy.models.config import Pi05Config
 from hybrid_policy.models.pi05 import EXPERT, PREFIX, VISION
-from hybrid_policy.runtime.projection import Projection, padded_between
-from hybrid_policy.runtime.sites import Packed, ReferenceSite, pack_sites
+from hybrid_policy.runtime.sites import ReferenceSite, pack_sites
 
 #: group's kind -> the leaves that one launch serves
 KINDS: dict[str, tuple[str, ...]] = {
@@ -34,8 +25,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "mlp.fc": ("mlp.fc1", "mlp.fc2"),
 }
 _PARTS = {"vision": VISION + "encoder.", "prefix": PREFIX, "expert": EXPERT}
-#: layers whose weights are timed in turn, so that no weight stays in a cache
-_ROTATED = 6
+#: combinations that are measured as a whole before all groups stay in bf16
+_MOST_TRIED = 24
 
 Read = Callable[[str], Tensor]
 
@@ -45,8 +36,7 @@ class Group:
     """Sites of one part that have one shape and share a launch in every layer.
 
     rows: tokens that pass through. shape: (out_features, in_features) of the stacked launch; of fc1, where fc1 and fc2
-    are one group (the GELU between them is in the form that fc2 takes).
-    calls: launches an inference. heads: query heads, key/value heads, head dimension.
+    are one group (the GELU between them is in the form that fc2 takes). calls: launches an inference.
     """
 
     part: str
@@ -55,7 +45,6 @@ class Group:
     shape: tuple[int, int]
     calls: int
     layers: int
-    heads: tuple[int, int, int]
 
     @property
     def name(self) -> str:
@@ -90,15 +79,7 @@ def groups_of(config: Pi05Config, tokens: int) -> list[Group]:
     """Vision's three groups and the four of each Gemma."""
     vision = config.vision
     found = [
-        Group(
-            "vision",
-            kind,
-            len(config.cameras) * config.image_tokens,
-            shape,
-            vision.depth,
-            vision.depth,
-            (vision.heads, vision.heads, vision.head_dim),
-        )
+        Group("vision", kind, len(config.cameras) * config.image_tokens, shape, vision.depth, vision.depth)
         for kind, shape in (
             ("self_attn.qkv", (3 * vision.width, vision.width)),
             ("self_attn.out", (vision.width, vision.width)),
@@ -117,29 +98,52 @@ def groups_of(config: Pi05Config, tokens: int) -> list[Group]:
             "mlp.gate_up": (2 * gemma.mlp_dim, gemma.width),
             "mlp.down": (gemma.width, gemma.mlp_dim),
         }
-        found += [
-            Group(
-                part,
-                kind,
-                rows,
-                shape,
-                calls * gemma.depth,
-                gemma.depth,
-                (gemma.heads, gemma.kv_heads, gemma.head_dim),
-            )
-            for kind, shape in shapes.items()
-        ]
+        found += [Group(part, kind, rows, shape, calls * gemma.depth, gemma.depth) for kind, shape in shapes.items()]
     return found
+
+
+@dataclass(frozen=True)
+class PartTime:
+    """Vision, prefix or expert as a whole: group name -> precision of all its groups, and seconds an inference."""
+
+    part: str
+    precisions: Mapping[str, str]
+    seconds: float
+
+
+def combinations(groups: Sequence[Group], capability: tuple[int, int] | None) -> dict[str, list[dict[str, str]]]:
+    """Part -> every combination of its groups' precisions that a device of this compute capability serves."""
+    result = {}
+    for part in _PARTS:
+        of_part = [group for group in groups if group.part == part]
+        names = [group.name for group in of_part]
+        candidates = (group.candidates(capability) for group in of_part)
+        result[part] = [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*candidates)]
+    return result
 
 
 @dataclass
 class Measured:
-    """One group in one precision: seconds an inference, and relative error of the action where it alone changes."""
+    """One group in one precision, all others in bf16: seconds that its part takes, and relative error of the action."""
 
     group: Group
     precision: str
     seconds: float
-    error: float = 0.0
+    error: float
+
+
+def table_of(
+    groups: Sequence[Group], times: Sequence[PartTime], errors: Mapping[tuple[str, str], float]
+) -> list[Measured]:
+    """What each group alone does, from the times of whole parts and the errors of (group name, precision)."""
+    table = []
+    for group in groups:
+        for time in times:
+            others = {p for name, p in time.precisions.items() if name != group.name}
+            if time.part == group.part and others <= {"bf16"}:
+                precision = time.precisions[group.name]
+                table.append(Measured(group, precision, time.seconds, errors[group.name, precision]))
+    return table
 
 
 @dataclass
@@ -151,145 +155,7 @@ class Choice:
     predicted_error: float
     measured_error: float = float("nan")
     rejected: int = 0
-    table: list[Measured] = field(default_factory=list)
-
-
-def time_group(group: Group, precision: str, read: Read, device: torch.device, repeats: int = 15) -> float:
-    """Seconds that the group's launches take in one inference; the median of ``repeats`` passes over several layers."""
-    calls = [_call(group, precision, layer, read, device) for layer in range(min(group.layers, _ROTATED))]
-    for call in calls:
-        call()
-    if device.type == "cpu":
-        seconds = []
-        for _ in range(3):
-            clock = time.perf_counter()
-            for call in calls:
-                call()
-            seconds.append((time.perf_counter() - clock) / len(calls))
-        return float(np.median(seconds)) * group.calls
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(3):
-            for call in calls:
-                call()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e-3 / (3 * len(calls)))
-    return float(np.median(times)) * group.calls
-
-
-def _call(group: Group, precision: str, layer: int, read: Read, device: torch.device) -> Callable[[], object]:
-    """The launch as the engine makes it on this device, on random activations."""
-    sites = group.sites(layer)
-    packed = [w for _, w in pack_sites(read, dict.fromkeys(sites, precision))]
-    x = torch.randn(group.rows, group.shape[1], device=device)
-    if device.type == "cpu":
-        modules = [ReferenceSite(weight, precision, None) for weight in packed]
-        widths = [module.get_buffer("weight").shape[1] for module in modules]
-        inputs = [x if width == x.shape[1] else torch.randn(group.rows, width) for width in widths]
-        return lambda: [module(y) for module, y in zip(modules, inputs, strict=True)]
-    x = x.to(torch.bfloat16)
-    if group.part == "vision":
-        return _vision_call(group, packed, x)
-    if group.part == "expert" and _cluster_fits(group, packed[0], device):
-        return _cluster_call(group, packed, x)
-    if group.kind == "mlp.gate_up" and (group.part == "expert" or precision.startswith("nvfp4")):
-        gate_up = prepare_gate_up(packed[0], packed[1], precision)  # type: ignore[arg-type]
-        return lambda: gate_up(x, pdl=True)
-    if group.part == "expert" and group.kind != "self_attn.qkv":
-        linear = prepare(packed[0], precision)  # type: ignore[arg-type]
-        residual = torch.zeros(group.rows, group.shape[0], dtype=torch.bfloat16, device=device)
-        return lambda: linear(x, out=residual, residual=residual, pdl=True)
-    product = Projection(packed, torch.bfloat16, precision=precision)
-    if not product.quantised:
-        return lambda: product(x)
-    quantised = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=device)
-    quantise_rows(x, quantised, torch.empty(group.rows, device=device))
-    return lambda: product(quantised)
-
-
-def _vision_call(group: Group, packed: Sequence[Packed], x: Tensor) -> Callable[[], object]:
-    """The launches of a vision layer's qkv, output, or fc1 and fc2, with made-up biases and scales."""
-    device, eight = x.device, isinstance(packed[0], FP8Tensor)
-    bias = torch.zeros(group.shape[0], device=device)
-    sites = [packed]
-    if group.kind == "mlp.fc":
-        fc1, bias, fc2 = padded_between(packed[0], bias, packed[1])
-        sites = [[fc1], [fc2]]
-    scale = 1.0 if eight else None
-    products = [
-        Projection(
-            site,
-            torch.bfloat16,
-            None if i > 0 or group.kind == "self_attn.out" else bias,
-            input_scale=scale,
-        )
-        for i, site in enumerate(sites)
-    ]
-    first = x.to(products[0].input_dtype)
-    fits = hopper_product.fits(torch.cuda.get_device_capability(device), *group.shape)
-
-    def product(i: int, y: Tensor, *, gelu: bool = False) -> Tensor:
-        whole, out_scale = products[i].whole(), scale if gelu else None
-        if fits and whole is not None and hopper_product.pays(y.dtype, y.shape[0], *whole[0].shape):
-            bias = products[i].bias
-            return hopper_product.hopper_product(y, *whole, bias=bias, gelu=gelu, out_scale=out_scale, pdl=True)
-        if out_scale is None:
-            return products[i].gelu(y) if gelu else products[i](y)
-        h = products[i](y)
-        act = torch.empty(h.shape, dtype=torch.float8_e4m3fn, device=device)
-        gelu_quantise(h, act, out_scale, pdl=True)
-        return act
-
-    if group.kind != "mlp.fc":
-        return lambda: product(0, first)
-    return lambda: product(1, product(0, first, gelu=True))
-
-
-_EPILOGUES = {
-    "self_attn.qkv": expert.QKV,
-    "self_attn.o": expert.RESIDUAL,
-    "mlp.gate_up": expert.GEGLU,
-    "mlp.down": expert.RESIDUAL,
-}
-
-
-def _cluster_fits(group: Group, weight: Packed, device: torch.device) -> bool:
-    """Whether the engine would take the cluster kernels for this launch."""
-    properties = torch.cuda.get_device_properties(device)
-    limit = expert.shared_limit(device)
-    epilogue, (n, k) = _EPILOGUES[group.kind], group.shape
-    plan = expert.plan_gemm(epilogue, expert.format_of(weight), n, k, group.rows, limit)
-    return properties.major >= 9 and plan is not None
-
-
-def _cluster_call(group: Group, packed: Sequence[Packed], x: Tensor) -> Callable[[], object]:
-    """One launch of kernels/expert.py, with made-up norm, shift, gate and cache."""
-    heads, kv_heads, head_dim = group.heads
-    gemm = expert.ExpertGemm(list(packed), _EPILOGUES[group.kind], group.rows, heads=group.heads)
-    gemm.forget_source()
-    n, k = group.shape
-    device = x.device
-    factor = torch.ones(k, dtype=torch.bfloat16, device=device)
-    row = torch.zeros(n, device=device)
-    if group.kind == "mlp.gate_up":
-        out = torch.empty(group.rows, n // 2, dtype=torch.bfloat16, device=device)
-        return lambda: gemm(x, out, factor=factor, shift=row)
-    if group.kind == "self_attn.qkv":
-        q = torch.empty(group.rows, heads, head_dim, dtype=torch.bfloat16, device=device)
-        cache = torch.empty(group.rows, kv_heads, head_dim, dtype=torch.bfloat16, device=device)
-        other = torch.empty_like(cache)
-        start = torch.zeros(1, dtype=torch.int32, device=device)
-        tables = rope_tables(group.rows, head_dim, device)
-        return lambda: gemm(x, q, factor=factor, shift=row, caches=(cache, other), tables=tables, start=start)
-    stream = torch.zeros(group.rows, n, dtype=torch.bfloat16, device=device)
-    return lambda: gemm(x, stream, gate=row)
+    parts: tuple[PartTime, ...] = ()
 
 
 class ActionProbe:
@@ -324,37 +190,46 @@ class ActionProbe:
         return float(np.linalg.norm(actions - self._reference) / np.linalg.norm(self._reference))
 
 
-def choose(table: Sequence[Measured], bound: float, verify: Callable[[dict[str, str]], float]) -> Choice:
+def choose(
+    times: Sequence[PartTime],
+    errors: Mapping[tuple[str, str], float],
+    bound: float,
+    verify: Callable[[dict[str, str]], float],
+) -> Choice:
     """The fastest assignment whose measured action error is at most ``bound``.
 
     Errors of groups are taken as independent (their squares add) to order the candidates; each candidate is then
     measured as a whole, fastest first, and the first that holds is taken.
 
+    Args:
+        times: of each part in each combination of its groups' precisions.
+        errors: (group name, precision) -> relative error of the action where that group alone changes.
+        verify: group name -> precision, to the measured relative error.
+
     Raises:
         InputError: not even all groups in bf16 hold the bound.
     """
-    names = list(dict.fromkeys(m.group.name for m in table))
-    options = [[m for m in table if m.group.name == name] for name in names]
-    combinations = []
-    for combination in itertools.product(*options):
-        predicted = float(np.sqrt(sum(m.error**2 for m in combination)))
-        combinations.append((sum(m.seconds for m in combination), predicted, combination))
-    combinations.sort(key=lambda c: c[0])
-    # the prediction may be wrong by a factor; what is predicted to miss by more is not tried
-    rejected = 0
-    for seconds, predicted, combination in combinations:
-        if predicted > 1.25 * bound:
+    options = [[time for time in times if time.part == part] for part in dict.fromkeys(time.part for time in times)]
+    candidates = []
+    for parts in itertools.product(*options):
+        precisions = {name: precision for part in parts for name, precision in part.precisions.items()}
+        predicted = float(np.sqrt(sum(errors[item] ** 2 for item in precisions.items())))
+        candidates.append((sum(part.seconds for part in parts), predicted, precisions, parts))
+    candidates.sort(key=lambda c: c[0])
+    # The prediction may be too high: what is predicted to miss by little is tried until one does miss. And what changes
+    # all that a refused one changed, and more, is no better.
+    limit, refused = 1.25 * bound, list[set[tuple[str, str]]]()
+    for seconds, predicted, precisions, parts in candidates:
+        changed = {item for item in precisions.items() if item[1] != "bf16"}
+        if predicted > limit or len(refused) == _MOST_TRIED or any(one <= changed for one in refused):
             continue
-        precisions = {m.group.name: m.precision for m in combination}
         error = verify(precisions)
         if error <= bound:
-            return Choice(precisions, seconds, predicted, error, rejected, list(table))
-        rejected += 1
-        if rejected >= 12:
-            break
-    precisions = dict.fromkeys(names, "bf16")
+            return Choice(precisions, seconds, predicted, error, len(refused), parts)
+        limit = bound
+        refused.append(changed)
+    seconds, predicted, precisions, parts = next(c for c in candidates if set(c[2].values()) == {"bf16"})
     error = verify(precisions)
     if error > bound:
         raise InputError(f"--bound: {bound} given, but bf16 alone has an action error of {error:.4f}")
-    seconds = sum(m.seconds for m in table if m.precision == "bf16")
-    return Choice(precisions, seconds, 0.0, error, rejected, list(table))
+    return Choice(precisions, seconds, predicted, error, len(refused), parts)
