@@ -148,7 +148,14 @@ class PlainModel:
         return seconds
 
 
-def make_backend(config, source, recipe_name, *, timing, stages="", tokens=None):
+def bucket(config: Pi05Config, tokens: int) -> tuple[int, ...]:
+    """Rows of the one graph that serves prompts of this length."""
+    views = len(config.cameras)
+    rows = row_buckets(views, config.image_tokens, config.max_token_len)
+    return tuple(count for count in rows if count >= views * config.image_tokens + tokens)[:1]
+
+
+def make_backend(config, source, recipe_name, *, timing, tokens, stages=""):
     """A captured backend of the recipe at full size, and its site precisions."""
     recipe = load_recipe(recipe_name)
     precisions = device_precisions(recipe, model_sites(config), DEVICE)
@@ -159,12 +166,8 @@ def make_backend(config, source, recipe_name, *, timing, stages="", tokens=None)
         weights = build_weights(config, source, precisions, dtype=torch.bfloat16, expert=table.expert, pdl=table.pdl)
         torch.cuda.synchronize()
         built = time.perf_counter()
-        buckets = row_buckets(len(config.cameras), config.image_tokens, config.max_token_len)
-        if tokens is not None:
-            wanted = len(config.cameras) * config.image_tokens + tokens
-            buckets = tuple(b for b in buckets if b >= wanted)[:1]
         backend = CudaBackend(
-            weights, table, OFF, recipe.prefix_cache, name=recipe_name, timing=timing, buckets=buckets
+            weights, table, OFF, recipe.prefix_cache, name=recipe_name, timing=timing, buckets=bucket(config, tokens)
         )
     torch.cuda.synchronize()
     print(f"  built in {built - begin:.1f} s, captured in {time.perf_counter() - built:.1f} s", flush=True)
@@ -341,10 +344,10 @@ def measure(config, source, recipe, case, tokens, views, expected, args) -> dict
     del backend
     free()
     recipe_file = load_recipe(recipe)
-    wanted = views * config.image_tokens + tokens
-    buckets = tuple(b for b in row_buckets(views, config.image_tokens, config.max_token_len) if b >= wanted)[:1]
     with torch.inference_mode():
-        one = CudaBackend(weights, table, OFF, recipe_file.prefix_cache, name=recipe, timing=False, buckets=buckets)
+        one = CudaBackend(
+            weights, table, OFF, recipe_file.prefix_cache, name=recipe, timing=False, buckets=bucket(config, tokens)
+        )
     seconds, _ = time_backend(one, config, tokens, args.replays)
     row |= percentiles(seconds)
     row |= {f"device_{key}": value for key, value in percentiles(time_graph(one, config, tokens, args.replays)).items()}
