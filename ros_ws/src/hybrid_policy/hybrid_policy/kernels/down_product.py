@@ -62,8 +62,8 @@ def _stage_bytes(nt: int) -> int:
 
 
 def make_plan(nt: int) -> DownPlan:
-    """With as many stages as there is memory for, eight at most."""
-    return DownPlan(nt, min(8, (SHARED - 72) // (_stage_bytes(nt) + 16)))
+    """With four stages, or what there is memory for: the tail, which sums cross beside, is as long as the ring."""
+    return DownPlan(nt, min(4, (SHARED - 72) // (_stage_bytes(nt) + 16)))
 
 
 def plan_down(m: int, n: int, processors: int = 132) -> DownPlan | None:

@@ -1,5 +1,7 @@
 """The engine on a GPU: golden cases, bit-identical replays, nothing allocated, real-time chunking."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,16 @@ def test_one_graph_and_three_give_the_same_bits(bf16):
     one, stages = engine(timing=False).run(inputs, noise)
     np.testing.assert_array_equal(one, bf16.run(inputs, noise)[0])
     assert stages == {}
+
+
+def test_any_stream_and_thread_gives_the_same_bits(bf16):
+    inputs, noise, _ = golden_case(0)
+    results = [bf16.run(inputs, noise)[0]]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        results.append(bf16.run(inputs, noise)[0])
+    with ThreadPoolExecutor(1) as pool:
+        results.append(pool.submit(lambda: bf16.run(inputs, noise)[0]).result())
+    assert all(np.array_equal(results[0], other) for other in results)
 
 
 def test_nothing_is_allocated_after_the_first_call(bf16):
