@@ -349,7 +349,7 @@ class ControlLoop:
         return [fault for fault in faults if fault.kind != "overdue"]
 
     def _clock_jumped(self, jump: Fault) -> None:
-        self.reports.error("clock", f"{jump}; starting afresh")
+        self.reports.error(f"clock {jump.kind}", f"{jump}; starting afresh")
         if self.status.state == RUNNING:
             self._enter_hold(str(jump), HOLDING)
         self._forget(before=0)
