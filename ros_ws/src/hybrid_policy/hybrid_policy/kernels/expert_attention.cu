@@ -60,7 +60,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             const int r = i / CHUNKS16, piece = i % CHUNKS16, row = first_row + r;
             const bool there = row < rows;
             const int token = there ? row / GROUP : 0, head = kv_head * GROUP + row % GROUP;
-            copy16_or_zero(to + r * PITCH + piece * 16, p.q + ((size_t)token * KV_HEADS * GROUP + head) * HEAD_DIM + piece * 8, there);
+            const u16* const from = p.q + ((size_t)token * KV_HEADS * GROUP + head) * HEAD_DIM + piece * 8;
+            copy16_or_zero(to + r * PITCH + piece * 16, from, there);
         }
     }
     load_keys(begin, false);
@@ -189,7 +190,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
             for (int n = 0; n < WARP_DIMS / 8; n++) {
                 const int dim = warp * WARP_DIMS + n * 8 + t * 2;
-                *reinterpret_cast<float2*>(o_memory + row * O_PITCH + dim) = make_float2(acc[i][n][half * 2], acc[i][n][half * 2 + 1]);
+                *reinterpret_cast<float2*>(o_memory + row * O_PITCH + dim) =
+                    make_float2(acc[i][n][half * 2], acc[i][n][half * 2 + 1]);
             }
         }
     publish_shared();

@@ -36,7 +36,9 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
         if (layer == 0 && owns && at.group == 0) {
             const float4 h = project_actions(at, p.flow, actions);
             stream[at.tid] = h;
-            post_stream(at, h, float4_at(vectors + V_FACTOR1 + OwnPlace(at).column), EIGHT ? vectors[V_STREAM] : 1.0f, mail, M_IN1, M_SQUARES1, own_squares);
+            post_stream(
+                at, h, float4_at(vectors + V_FACTOR1 + OwnPlace(at).column), EIGHT ? vectors[V_STREAM] : 1.0f, mail, M_IN1,
+                M_SQUARES1, own_squares);
         }
         const float* const row_scale = p.row_scale + (size_t)layer * R_LAYER;
         const u32 phase = turn % 2;
@@ -52,25 +54,27 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             const bool in_pair = stage == QKV || stage == GATE_UP;
             const u32 first_row = stage == QKV ? at.pair * 64 : stage == GATE_UP ? at.pair * 128 : at.tile * 64;
             tables.fetch(
-                at, row_scale + (stage == QKV ? R_QKV : stage == OUT ? R_O : stage == GATE_UP ? R_GATE_UP : R_DOWN) + first_row,
-                vectors + (stage == QKV ? V_QKV : stage == OUT ? V_GATE1 : stage == GATE_UP ? V_GATE_UP : V_GATE2) + first_row,
+                at, row_scale + of_stage(stage, R_QKV, R_O, R_GATE_UP, R_DOWN) + first_row,
+                vectors + of_stage(stage, V_QKV, V_GATE1, V_GATE_UP, V_GATE2) + first_row,
                 vectors + (stage == OUT ? V_FACTOR2 : last ? 0 : V_LAYER + V_FACTOR1) + (in_pair ? 0 : first_row),
                 stage == GATE_UP ? 128 : 64);
             if (stage == OUT) {
                 MARK(4);
                 if (attends) {
                     arrive(cache_barrier(VALUES_FREE));
-                    attend(at, KeyRange(prefix, at.part), memory, attention, mail, parcels, phase, p.scale, EIGHT ? vectors[V_SEEN] : 1.0f, p, layer);
+                    attend(
+                        at, KeyRange(prefix, at.part), memory, attention, mail, parcels, phase, p.scale,
+                        EIGHT ? vectors[V_SEEN] : 1.0f, p, layer);
                     block_barrier();  // values are read: partial sums may take their place
                 }
             }
             if (last && owns && stage == GATE_UP) prefetch_projections(at, p.flow);
             MARK(stage == QKV ? 0 : 4 * stage + 1);
 
-            const int format = stage == QKV ? FORMAT_QKV : stage == OUT ? FORMAT_O : stage == GATE_UP ? FORMAT_GATE_UP : FORMAT_DOWN;
+            const int format = of_stage(stage, FORMAT_QKV, FORMAT_O, FORMAT_GATE_UP, FORMAT_DOWN);
             // activations: 512 columns a block, 256 for the output projection; each warpgroup brings its share, in halves: the
             // second comes while the products with the first are under way
-            const u32 input = stage == QKV ? M_IN1 : stage == OUT ? M_SEEN : stage == GATE_UP ? M_IN2 : M_ACT;
+            const u32 input = of_stage(stage, M_IN1, M_SEEN, M_IN2, M_ACT);
             const u32 halves = stage == OUT || EIGHT ? 1 : 2;
             const u32 row_bytes = (stage == OUT ? HEADS * HEAD_DIM : stage == DOWN ? FEATURES : WIDTH) * SIZE;
             const u32 part = in_pair ? at.part % 2 : at.part;
@@ -95,7 +99,8 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                     cosines[j] = make_float2(1.0f, 1.0f), sines[j] = make_float2(0.0f, 0.0f);
                     if (token < TOKENS && head <= HEADS) {
                         const u32 place = (prefix + token) * HALF + i;
-                        cosines[j] = *reinterpret_cast<const float2*>(p.cosines + place), sines[j] = *reinterpret_cast<const float2*>(p.sines + place);
+                        cosines[j] = *reinterpret_cast<const float2*>(p.cosines + place);
+                        sines[j] = *reinterpret_cast<const float2*>(p.sines + place);
                     }
                 }
             };
@@ -106,7 +111,7 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             float d[4 * NT];
 #pragma unroll
             for (int i = 0; i < 4 * NT; i++) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i]));  // here, not long before
-            const u32 all = stage == QKV ? N_QKV : stage == OUT ? N_O : stage == GATE_UP ? N_GATE_UP : N_DOWN;
+            const u32 all = of_stage(stage, N_QKV, N_O, N_GATE_UP, N_DOWN);
             const u32 pieces = halves == 2 && all % 2 == 0 ? all / 2 : all;  // a single piece needs both halves
             const u32 operand = stage == GATE_UP ? x : blocks_at;
 #pragma unroll 1
@@ -130,7 +135,8 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             }
             MARK(stage == QKV ? 2 : stage == DOWN ? 26 : 4 * stage + 3);
 
-            const u32 row_tiles = stage == GATE_UP ? 8 : 4, row_tile = at.warp % row_tiles, local_row = row_tile * 16 + at.g / 2 * 4;
+            const u32 row_tiles = stage == GATE_UP ? 8 : 4, row_tile = at.warp % row_tiles;
+            const u32 local_row = row_tile * 16 + at.g / 2 * 4;
             const u32 tiles = low ? LOW_TILES : NT - LOW_TILES, first_tile = low ? 0 : LOW_TILES, other_tile = low ? LOW_TILES : 0;
             const u32 token_in_tile = 2 * at.t + at.odd;
             const u32 box = (row_tile * 32 + at.lane) * 16;
@@ -180,7 +186,9 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                         const float2 c = cosines[j], s = sines[j];
                         const float p0 = fmaf(v.x * root, scale.x, second.x), q0 = fmaf(v.y * root, scale.y, second.y);
                         const float p1 = fmaf(v.z * root, scale.z, second.z), q1 = fmaf(v.w * root, scale.w, second.w);
-                        const u32 to = (head < HEADS ? M_Q + (token * HEADS + head) * (HEAD_DIM * 2) : (head == HEADS ? M_K : M_V) + token * (HEAD_DIM * 2)) + i * 2;
+                        const u32 of_head = head < HEADS ? M_Q + (token * HEADS + head) * (HEAD_DIM * 2)
+                                                         : (head == HEADS ? M_K : M_V) + token * (HEAD_DIM * 2);
+                        const u32 to = of_head + i * 2;
                         post(mail + to, pack_bf16(p0 * c.x - q0 * s.x, p1 * c.y - q1 * s.y));
                         post(mail + to + HALF * 2, pack_bf16(q0 * c.x + p0 * s.x, q1 * c.y + p1 * s.y));
                     }
@@ -193,7 +201,8 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                         if (n >= tiles) break;
                         const u32 token = (first_tile + n) * 8 + token_in_tile;
                         const int high = 4 * min(n + LOW_TILES, NT - 1);
-                        float4 v = low ? make_float4(d[4 * n], d[4 * n + 1], d[4 * n + 2], d[4 * n + 3]) : make_float4(d[high], d[high + 1], d[high + 2], d[high + 3]);
+                        float4 v = low ? make_float4(d[4 * n], d[4 * n + 1], d[4 * n + 2], d[4 * n + 3])
+                                       : make_float4(d[high], d[high + 1], d[high + 2], d[high + 3]);
                         add(v, load_shared_float4(inbox + box + n * 4096));
                         v = four_rows(v, at.odd);
                         if (!EIGHT && token >= TOKENS) continue;
@@ -239,7 +248,9 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
                     h.z = fmaf(v.z * scale.z, second.z, h.z), h.w = fmaf(v.w * scale.w, second.w, h.w);
                     stream[at.tid] = h;
                     if (stage == OUT || !last)
-                        post_stream(at, h, third, EIGHT ? scales[OwnPlace(at).token] : 1.0f, mail, stage == OUT ? M_IN2 : M_IN1, stage == OUT ? M_SQUARES2 : M_SQUARES1, own_squares);
+                        post_stream(
+                            at, h, third, EIGHT ? scales[OwnPlace(at).token] : 1.0f, mail, stage == OUT ? M_IN2 : M_IN1,
+                            stage == OUT ? M_SQUARES2 : M_SQUARES1, own_squares);
                 }
                 if (stage == DOWN) MARK(29);
                 if (stage == DOWN) block_barrier();  // the scratch is read: values may take its place
@@ -247,7 +258,10 @@ __device__ __forceinline__ void all_steps(const Arguments& p, u8* memory, u32 ba
             if (stage == QKV) MARK(3);
             if (stage == GATE_UP) MARK(12);
         }
-        if (last && owns) euler_step(p.flow, p.eps, parcels, step, step + 1 == p.steps, stream, *reinterpret_cast<Scaled*>(memory + A_SUMS), own_squares, actions);
+        if (last && owns)
+            euler_step(
+                p.flow, p.eps, parcels, step, step + 1 == p.steps, stream, *reinterpret_cast<Scaled*>(memory + A_SUMS), own_squares,
+                actions);
     }
 }
 
@@ -271,9 +285,11 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WORKERS +
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
     if (__shfl_sync(0xffffffffu, threadIdx.x / 128, 0) == GROUPS) {
-        fewer_registers<40>();  // 128 * 40 + 256 * 232 is what 384 threads of 168 begin with: one more, and the workers wait for ever
+        // 128 * 40 + 256 * 232 is what 384 threads of 168 begin with: one more, and the workers wait for ever
+        fewer_registers<40>();
         if (threadIdx.x == WORKERS) stream_weights(p, ring, blockIdx.x / 2 < QKV_PAIRS);
-        else if (threadIdx.x >= WORKERS + 32 && blockIdx.x / PARTS * QUERIES < TOKENS * HEADS) bring_prefix(p, base + A_X, base + A_SUMS);
+        else if (threadIdx.x >= WORKERS + 32 && blockIdx.x / PARTS * QUERIES < TOKENS * HEADS)
+            bring_prefix(p, base + A_X, base + A_SUMS);
     } else {
         more_registers<232>();
         all_steps(p, memory, base, ring, pair_barrier);

@@ -13,9 +13,10 @@ struct KeyRange {
     __device__ __forceinline__ u32 count() const { return prefix + tokens; }
 };
 
-// Where piece ``piece`` (16 bytes, 8 dims) of row r lies, as warpgroup products want it: blocks of 64 dims, of these [row, 128 bytes,
-// its pieces XOR row % 8]. Of keys and values, KEYS rows a block. There are 32 queries, and a product has 64 rows: so eights of rows
-// of two blocks alternate, every warp has eight rows that count, and the eight behind those are another block's.
+// Where piece ``piece`` (16 bytes, 8 dims) of row r lies, as warpgroup products want it: blocks of 64 dims, of these
+// [row, 128 bytes, its pieces XOR row % 8]. Of keys and values, KEYS rows a block. There are 32 queries, and a product has 64
+// rows: so eights of rows of two blocks alternate, every warp has eight rows that count, and the eight behind those are another
+// block's.
 __device__ __forceinline__ u32 swizzled(u32 r, u32 piece) { return r % 8 * 128 + ((piece % 8 ^ r % 8) << 4); }
 __device__ __forceinline__ u32 key_place(u32 r, u32 piece) { return piece / 8 * (KEYS * 128) + r / 8 * 1024 + swizzled(r, piece); }
 __device__ __forceinline__ u32 query_block(u32 block) { return block / 2 * (QUERIES * 256) + block % 2 * 1024; }
@@ -46,7 +47,8 @@ __device__ __forceinline__ void bring_prefix(const Arguments& p, u32 keys_to, u3
 #pragma unroll 2
             for (u32 r = warp; r < range.prefix; r += TURNS, from += TURNS * HEAD_DIM) copy16(places + key_place(r, lane), from);
 #pragma unroll 1
-            for (u32 r = range.count() + warp; r < (range.count() + 15) / 16 * 16; r += TURNS) store_shared4(places + key_place(r, lane), make_uint4(0, 0, 0, 0));
+            for (u32 r = range.count() + warp; r < (range.count() + 15) / 16 * 16; r += TURNS)
+                store_shared4(places + key_place(r, lane), make_uint4(0, 0, 0, 0));
             copies_done();
             publish_to_tensor_core();
             arrive(there);
@@ -63,10 +65,12 @@ struct AttentionMemory {
 // d[64 rows, HALF_KEYS] (+)= a[64, 16] b[HALF_KEYS, 16]'
 __device__ __forceinline__ void scores_step(float (&d)[HALF_KEYS / 2], u64 a, u64 b, int add) {
 #if KEYS == 96
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %26, 0;\nwgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {" FIRST_24 "}, %24, %25, p, 1, 1, 0, 0;\n}"
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %26, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {" FIRST_24 "}, %24, %25, p, 1, 1, 0, 0;\n}"
                  : D4(0), D4(1), D4(2), D4(3), D4(4), D4(5) : "l"(a), "l"(b), "r"(add));
 #else
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" FIRST_32 "}, %32, %33, p, 1, 1, 0, 0;\n}"
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" FIRST_32 "}, %32, %33, p, 1, 1, 0, 0;\n}"
                  : D4(0), D4(1), D4(2), D4(3), D4(4), D4(5), D4(6), D4(7) : "l"(a), "l"(b), "r"(add));
 #endif
 }
@@ -82,7 +86,8 @@ __device__ __forceinline__ void values_step(float (&d)[HALF_DIMS / 2], u64 a, u6
 }
 
 __device__ __forceinline__ void attend(
-    const Place& at, const KeyRange& range, u8* memory, AttentionMemory& m, u8* mail, u8* parcels, u32 phase, float scale, float eight_scale, const Arguments& p, int layer) {
+    const Place& at, const KeyRange& range, u8* memory, AttentionMemory& m, u8* mail, u8* parcels, u32 phase, float scale,
+    float eight_scale, const Arguments& p, int layer) {
     const u32 base = shared_address(memory), k_to = base + A_X, v_to = base + A_SUMS, q_to = base + A_Q;
     const u32 first_row = at.tile * QUERIES, lane = at.lane;
     const u32 warp = at.warp;  // a warpgroup has half of the keys, then half of the dims, of all rows; a warp has eight rows
@@ -170,11 +175,13 @@ __device__ __forceinline__ void attend(
     const u64 weights = matrix(base + A_P), v = matrix(v_to + at.group * (HALF_DIMS / 64 * KEYS * 128), KEYS * 128);
     products_begin();
 #pragma unroll 1
-    for (u32 i = 0; i < (count + 15) / 16; i++) values_step(d, weights + (query_block(i / 4) + i % 4 * 32 >> 4), v + i * (2048 >> 4));
+    for (u32 i = 0; i < (count + 15) / 16; i++)
+        values_step(d, weights + (query_block(i / 4) + i % 4 * 32 >> 4), v + i * (2048 >> 4));
     products_commit();
     // A row's maximum and sum go to all parts, a row a lane: by one warp, but without a branch while products are under way
     post2_if(
-        mail + (M_TOPS + ((at.tile * PARTS + at.part) * QUERIES + lane) * 8), __float_as_uint(fmaxf(m.top[lane][0], m.top[lane][1])),
+        mail + (M_TOPS + ((at.tile * PARTS + at.part) * QUERIES + lane) * 8),
+        __float_as_uint(fmaxf(m.top[lane][0], m.top[lane][1])),
         __float_as_uint(m.sum[lane][0] + m.sum[lane][1]), warp == 0);
     products_wait<0>();
     pin(d);
@@ -182,7 +189,8 @@ __device__ __forceinline__ void attend(
     // This part's result goes to the parts that own its dims, 32 each
     constexpr int DIMS = HEAD_DIM / PARTS;
     static_assert(DIMS == 32, "four parts a warpgroup");
-    u8* const outgoing = parcels + (P_SEEN + ((at.tile * PARTS + at.group * 4) * PARTS + at.part) * 2048 + warp % 4 * 512 + lane * 8);
+    u8* const outgoing =
+        parcels + (P_SEEN + ((at.tile * PARTS + at.group * 4) * PARTS + at.part) * 2048 + warp % 4 * 512 + lane * 8);
 #pragma unroll
     for (int n = 0; n < HALF_DIMS / 8; n += 2) {
         const float four[4] = {d[4 * n], d[4 * n + 1], d[4 * n + 4], d[4 * n + 5]};

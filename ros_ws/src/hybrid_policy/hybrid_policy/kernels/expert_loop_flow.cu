@@ -41,13 +41,15 @@ __device__ __forceinline__ float4 project_actions(const Place& at, const FlowArg
 
 // by all workers of a block that owns tokens
 __device__ __forceinline__ void euler_step(
-    const FlowArguments& p, float eps, u8* parcels, u32 step, bool last, const float4* stream, Scaled& scaled, float (*squares)[8], float (*actions)[LANES]) {
+    const FlowArguments& p, float eps, u8* parcels, u32 step, bool last, const float4* stream, Scaled& scaled,
+    float (*squares)[8], float (*actions)[LANES]) {
     const Place at;
     const u32 phase = step % 2;
     if (at.group == 0) {
         const OwnPlace own(at);
         const float4 h = stream[at.tid], factor = float4_at(p.factor + step * WIDTH + own.column);
-        *reinterpret_cast<float4*>(&scaled.rows[own.token % 8][own.column % 64]) = make_float4(h.x * factor.x, h.y * factor.y, h.z * factor.z, h.w * factor.w);
+        *reinterpret_cast<float4*>(&scaled.rows[own.token % 8][own.column % 64]) =
+            make_float4(h.x * factor.x, h.y * factor.y, h.z * factor.z, h.w * factor.w);
         sum_squares(at, h, squares);
     }
     block_barrier();

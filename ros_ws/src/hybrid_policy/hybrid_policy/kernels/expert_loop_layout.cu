@@ -16,6 +16,9 @@
 // FORMAT_O, FORMAT_GATE_UP, FORMAT_DOWN; SLOTS of the ring; AHEAD, in KB; PDL; TRACE.
 
 enum Stage { QKV, OUT, GATE_UP, DOWN };
+__device__ __forceinline__ constexpr int of_stage(int stage, int qkv, int out, int gate_up, int down) {
+    return stage == QKV ? qkv : stage == OUT ? out : stage == GATE_UP ? gate_up : down;
+}
 constexpr int TILES = 16, PARTS = 8;
 constexpr int WIDTH = 1024, FEATURES = 4096, HEADS = 8, HEAD_DIM = 256, HALF = HEAD_DIM / 2;
 constexpr int QKV_ROWS = (HEADS + 2) * HEAD_DIM, QKV_PAIRS = QKV_ROWS / 64;
@@ -96,8 +99,10 @@ struct Arguments {
 // By a warp behind the workers: all weights of this block, in the order of their use; and AHEAD KB before them, into L2: the
 // memory would else have nothing to do while attention, which has no weights, leaves the ring full
 __device__ __forceinline__ void stream_weights(const Arguments& p, Ring ring, bool projects) {
-    constexpr u32 TAIL = WARPS * (N_O * Piece<FORMAT_O>::BYTES + N_GATE_UP * Piece<FORMAT_GATE_UP>::BYTES + N_DOWN * Piece<FORMAT_DOWN>::BYTES);
-    constexpr u32 LONG = TAIL + WARPS * N_QKV * Piece<FORMAT_QKV>::BYTES;
+    // bytes of a stage's pieces
+    constexpr u32 P_QKV = WARPS * Piece<FORMAT_QKV>::BYTES, P_O = WARPS * Piece<FORMAT_O>::BYTES;
+    constexpr u32 P_GATE_UP = WARPS * Piece<FORMAT_GATE_UP>::BYTES, P_DOWN = WARPS * Piece<FORMAT_DOWN>::BYTES;
+    constexpr u32 TAIL = N_O * P_O + N_GATE_UP * P_GATE_UP + N_DOWN * P_DOWN, LONG = TAIL + N_QKV * P_QKV;
     const u32 longs = min(blockIdx.x, 2 * QKV_PAIRS), tails = blockIdx.x - longs, all = (projects ? LONG : TAIL) * p.layers;
     const u8* const weights = p.weights + ((size_t)longs * LONG + (size_t)tails * TAIL) * p.layers;
     u64 policy;  // weights pass once a step: they shall not push keys and vectors out of L2
@@ -106,8 +111,8 @@ __device__ __forceinline__ void stream_weights(const Arguments& p, Ring ring, bo
     for (int step = 0; step < p.steps; step++)
 #pragma unroll 1
         for (u32 next = 0, stage = projects ? QKV : OUT; next < all; stage = stage < DOWN ? stage + 1 : projects ? QKV : OUT) {
-            const u32 size = WARPS * (stage == QKV ? Piece<FORMAT_QKV>::BYTES : stage == OUT ? Piece<FORMAT_O>::BYTES : stage == GATE_UP ? Piece<FORMAT_GATE_UP>::BYTES : Piece<FORMAT_DOWN>::BYTES);
-            const u32 end = next + size * (stage == QKV ? N_QKV : stage == OUT ? N_O : stage == GATE_UP ? N_GATE_UP : N_DOWN);
+            const u32 size = of_stage(stage, P_QKV, P_O, P_GATE_UP, P_DOWN);
+            const u32 end = next + size * of_stage(stage, N_QKV, N_O, N_GATE_UP, N_DOWN);
 #pragma unroll 1
             for (; next < end; next += size) {
                 ring.ask(weights + next, size, policy);
@@ -220,7 +225,8 @@ struct Squares {
 // the norm's shift, or the gate; the next norm's factor.
 struct Tables {
     float scale[128], second[128], third[128];
-    __device__ __forceinline__ void fetch(const Place& at, const float* scales, const float* seconds, const float* thirds, u32 count) {
+    __device__ __forceinline__ void fetch(
+        const Place& at, const float* scales, const float* seconds, const float* thirds, u32 count) {
         if (at.warp >= 3 || at.lane * 4 >= count) return;
         const float* const from = at.warp == 0 ? scales : at.warp == 1 ? seconds : thirds;
         copy16(shared_address(scale) + (at.warp * 128 + at.lane * 4) * 4, from + at.lane * 4);
@@ -232,7 +238,11 @@ __device__ __forceinline__ void store_sums(const Place& at, const float* d, u32 
     to += (at.group * NT * 128 + at.tid % 128) * 16;
 #pragma unroll
     for (int n = 0; n < NT; n++)
-        store_shared4(to + n * 2048, make_uint4(__float_as_uint(d[4 * n]), __float_as_uint(d[4 * n + 1]), __float_as_uint(d[4 * n + 2]), __float_as_uint(d[4 * n + 3])));
+        store_shared4(
+            to + n * 2048,
+            make_uint4(
+                __float_as_uint(d[4 * n]), __float_as_uint(d[4 * n + 1]), __float_as_uint(d[4 * n + 2]),
+                __float_as_uint(d[4 * n + 3])));
 }
 
 // of a token tile, of both warpgroups
@@ -262,7 +272,8 @@ __device__ __forceinline__ float4 sum_of_parts(const Place& at, const u8* parcel
             if (missing >> i & 1) v[i] = peek4(box + i * 2048);
         u32 bad = 0;
 #pragma unroll
-        for (int i = 0; i < PARTS; i++) bad |= (((v[i].x ^ phase) | (v[i].y ^ phase) | (v[i].z ^ phase) | (v[i].w ^ phase)) & 1) << i;
+        for (int i = 0; i < PARTS; i++)
+            bad |= (((v[i].x ^ phase) | (v[i].y ^ phase) | (v[i].z ^ phase) | (v[i].w ^ phase)) & 1) << i;
         missing = any_lane(bad);
         if (!missing) break;
         if (tries > PATIENCE) give_up();

@@ -142,11 +142,13 @@ __device__ __forceinline__ void post2(void* to, u32 a, u32 b) {
     asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
 }
 __device__ __forceinline__ void post2_if(void* to, u32 a, u32 b, bool use) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n@p st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};\n}" ::"l"(to), "r"(a), "r"(b), "r"((u32)use) : "memory");
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n@p st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};\n}"
+                 ::"l"(to), "r"(a), "r"(b), "r"((u32)use) : "memory");
 }
 
 __device__ __forceinline__ void post4(void* to, const uint4& v) {
-    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 // ---- parcels: what one block reads, there once. Each float's lowest bit (of four bf16, stored in one piece, the first one's)
@@ -206,7 +208,9 @@ struct Taken {  // a lane's share of two blocks, on its way: products run while 
         }
     }
     // single: the first block of the two alone
-    __device__ __forceinline__ void ask(const u8* from, u32 t, u32 stride, bool single) { ask(from, t, stride, single ? FIRST : ~0u); }
+    __device__ __forceinline__ void ask(const u8* from, u32 t, u32 stride, bool single) {
+        ask(from, t, stride, single ? FIRST : ~0u);
+    }
 
     __device__ __forceinline__ void keep(u32 to, const u8* from, u32 t, u32 stride, bool single) {
         for (u32 tries = 0;; tries++) {
@@ -226,7 +230,8 @@ struct Taken {  // a lane's share of two blocks, on its way: products run while 
         for (int b = 0; b < 2; b++)
 #pragma unroll
             for (int j = 0; j < TURNS; j++)
-                if ((j * 16 + 16 <= MT || first + j * 16 < MT) && !(EIGHT && single && b)) store_shared4(to + (b * MT + j * 16) * 128, v[b][j]);
+                if ((j * 16 + 16 <= MT || first + j * 16 < MT) && !(EIGHT && single && b))
+                    store_shared4(to + (b * MT + j * 16) * 128, v[b][j]);
         publish_to_tensor_core();
     }
 };
@@ -252,9 +257,11 @@ static_assert(MT == 64, "token tiles");
 // d += a b: 16 values of K in bf16, or 32 in E4M3 on both sides (FORMAT 3)
 template <int FORMAT> __device__ __forceinline__ void warpgroup_mma(float (&d)[4 * NT], const u32 (&a)[4], u64 b) {
     if constexpr (FORMAT == 3)
-        asm volatile(MMA_SHAPE "32.f32.e4m3.e4m3" MMA_OPERANDS "1, 1, 1;" : MMA_SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        asm volatile(MMA_SHAPE "32.f32.e4m3.e4m3" MMA_OPERANDS "1, 1, 1;"
+                     : MMA_SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
     else
-        asm volatile(MMA_SHAPE "16.f32.bf16.bf16" MMA_OPERANDS "1, 1, 1, 0;" : MMA_SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        asm volatile(MMA_SHAPE "16.f32.bf16.bf16" MMA_OPERANDS "1, 1, 1, 0;"
+                     : MMA_SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 // GeGLU, u halved before. tanh.approx errs by 2^-11, E4M3 by 2^-4.
@@ -330,7 +337,8 @@ struct Words {
 // their registers while they run, and behind a branch the assembler gives those to others. Nothing is under way from piece to
 // piece: else the compiler moves the sums elsewhere behind the loop before they are there.
 template <int FORMAT>
-__device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& ring, u32 x, u32 pieces, bool last, u32 warp, u32 lane) {
+__device__ __forceinline__ void product(
+    float (&d)[4 * NT], Words& words, Ring& ring, u32 x, u32 pieces, bool last, u32 warp, u32 lane) {
     // an instruction takes 32 bytes of a token's row, a block of 128 bytes four
     constexpr int BATCH = Piece<FORMAT>::PRODUCTS, APART = LOADS * BATCH / 4 * (MT * 8);
     constexpr bool DECODES = FORMAT == 1 || FORMAT == 2;  // else words are operands as they are
@@ -346,7 +354,10 @@ __device__ __forceinline__ void product(float (&d)[4 * NT], Words& words, Ring& 
 #pragma unroll
             for (int k = 0; k < BATCH; k++) {
                 u32 scales = 0;
-                if constexpr (FORMAT == 2) scales = k == 0 ? words.scales[i].x : k == 1 ? words.scales[i].y : k == 2 ? words.scales[i].z : words.scales[i].w;
+                if constexpr (FORMAT == 2) {
+                    const uint4& four = words.scales[i];
+                    scales = k == 0 ? four.x : k == 1 ? four.y : k == 2 ? four.z : four.w;
+                }
                 operand_of<FORMAT>(a[k], words.codes[i], k, scales);
             }
             if (DECODES || i == 0) products_begin();

@@ -92,7 +92,8 @@ __device__ __forceinline__ void copy_rows(u32 to, const u16* from, int first, in
         copy16_or_zero(place + (i / 8) * TILE_BYTES + (i % 8) * 1024, source + i * 8 * HEAD_DIM, first + warp + 8 * i < rows);
 }
 
-// One tile's scores to unnormalised probabilities, and the factors of what was summed before. Rows g and g + 8 of a thread; columns 8 j + 2 (lane % 4) + {0, 1}.
+// One tile's scores to unnormalised probabilities, and the factors of what was summed before. Rows g and g + 8 of a thread;
+// columns 8 j + 2 (lane % 4) + {0, 1}.
 __device__ __forceinline__ void softmax_tile(
     float (&s)[32], float (&top)[2], float (&sum)[2], float (&correction)[2], int first, int total, float scale) {
     if (first + TILE_KEYS > total) {
