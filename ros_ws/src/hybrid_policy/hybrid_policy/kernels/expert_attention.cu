@@ -60,8 +60,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             const int r = i / CHUNKS16, piece = i % CHUNKS16, row = first_row + r;
             const bool there = row < rows;
             const int token = there ? row / GROUP : 0, head = kv_head * GROUP + row % GROUP;
-            const u16* const from = p.q + ((size_t)token * KV_HEADS * GROUP + head) * HEAD_DIM + piece * 8;
-            copy16_or_zero(to + r * PITCH + piece * 16, from, there);
+            copy16_or_zero(
+                to + r * PITCH + piece * 16, p.q + ((size_t)token * KV_HEADS * GROUP + head) * HEAD_DIM + piece * 8, there);
         }
     }
     load_keys(begin, false);
