@@ -100,8 +100,7 @@ def load_cuda(
     float_images: bool = False,
 ) -> Backend:
     """The GPU's backend: weights in their final form on the device, graphs captured."""
-    if checkpoint.config.kind != "pi05":
-        raise InputError(f"{checkpoint.directory}: pi0 runs on device cpu only; the CUDA engine serves pi0.5")
+    require_pi05(checkpoint)
     config = checkpoint.config
     device_precisions(recipe, model_sites(config), device)  # refused before anything is read
     packed, _ = read_packed(checkpoint.store, quantised_sites(checkpoint.directory), device)
@@ -115,6 +114,16 @@ def load_cuda(
             config, source, recipe, device, rtc, timing=timing, float_images=float_images, buckets=buckets,
             packed=packed, report=bar.step,
         )  # fmt: skip
+
+
+def require_pi05(checkpoint: Checkpoint) -> None:
+    """Refuse what the CUDA engine does not serve.
+
+    Raises:
+        InputError: a checkpoint of pi0.
+    """
+    if checkpoint.config.kind != "pi05":
+        raise InputError(f"{checkpoint.directory}: pi0 runs on device cpu only; the CUDA engine serves pi0.5")
 
 
 def build_backend(

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from hybrid_policy.errors import InputError
 from hybrid_policy.models.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
 from hybrid_policy.runtime.calibration import made_up_observations, read_observations
-from hybrid_policy.runtime.loading import progress_bar
+from hybrid_policy.runtime.loading import progress_bar, require_pi05
 from hybrid_policy.runtime.quantized_checkpoint import quantised_sites
 from hybrid_policy.runtime.recipe import Recipe, write_recipe
 from hybrid_policy.runtime.tuning import (
@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{args.checkpoint}: is quantised already, expected the checkpoint it was made from")
     device = choose_device(args.device)
     checkpoint = open_checkpoint(args.checkpoint, args.tokenizer)
+    if device.type == "cuda":
+        require_pi05(checkpoint)
     config = checkpoint.config
     tokens = config.max_token_len if args.tokens is None else args.tokens
     if not 1 <= tokens <= config.max_token_len:
