@@ -101,7 +101,7 @@ class CudaBackend:
     def run(
         self, inputs: ModelInputs, noise: NDArray[np.float32], guidance: Guidance | None
     ) -> tuple[NDArray[np.float32], Mapping[str, float]]:
-        """See `Backend.run`. Stages are empty where timing is off."""
+        """See `Backend.run`; on the calling thread's current stream. Stages are empty where timing is off."""
         rows = self._blob.fill(inputs, noise, guidance)
         graphs = self._graphs[next(bucket for bucket in self._buckets if bucket >= rows)]
         with _TURNS[self._device.index or 0]:
