@@ -28,7 +28,7 @@ from hybrid_policy.models.config import PI05_FULL, Pi05Config
 from hybrid_policy.models.flow import step_times
 from hybrid_policy.models.pi05 import Pi05
 from hybrid_policy.models.processors import ModelInputs
-from hybrid_policy.runtime.cuda_backend import CudaBackend, row_buckets
+from hybrid_policy.runtime.cuda_backend import CudaBackend, bucket_of, row_buckets
 from hybrid_policy.runtime.device_weights import build_weights
 from hybrid_policy.runtime.loading import choose_table, device_precisions
 from hybrid_policy.runtime.recipe import load_recipe
@@ -151,8 +151,8 @@ class PlainModel:
 def bucket(config: Pi05Config, tokens: int) -> tuple[int, ...]:
     """Rows of the one graph that serves prompts of this length."""
     views = len(config.cameras)
-    rows = row_buckets(views, config.image_tokens, config.max_token_len)
-    return tuple(count for count in rows if count >= views * config.image_tokens + tokens)[:1]
+    buckets = row_buckets(views, config.image_tokens, config.max_token_len)
+    return (bucket_of(buckets, views * config.image_tokens + tokens),)
 
 
 def make_backend(config, source, recipe_name, *, timing, tokens, stages=""):

@@ -38,6 +38,11 @@ def row_buckets(views: int, image_tokens: int, max_token_len: int, step: int = 4
     return tuple(views * image_tokens + length for length in lengths)
 
 
+def bucket_of(buckets: tuple[int, ...], rows: int) -> int:
+    """The smallest of `row_buckets` that takes so many prefix rows."""
+    return next(bucket for bucket in buckets if bucket >= rows)
+
+
 @dataclass
 class _Graphs:
     """One graph for all, or one a stage where stages are timed."""
@@ -103,7 +108,7 @@ class CudaBackend:
     ) -> tuple[NDArray[np.float32], Mapping[str, float]]:
         """See `Backend.run`; on the calling thread's current stream. Stages are empty where timing is off."""
         rows = self._blob.fill(inputs, noise, guidance)
-        graphs = self._graphs[next(bucket for bucket in self._buckets if bucket >= rows)]
+        graphs = self._graphs[bucket_of(self._buckets, rows)]
         with _TURNS[self._device.index or 0]:
             # Graphs run on whatever stream is current: to change it and back, and to wait for an event, took 70 us.
             # What torch is asked comes behind the launch, where it can.

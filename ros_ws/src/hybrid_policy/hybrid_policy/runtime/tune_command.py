@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from hybrid_policy.models.checkpoint import Checkpoint, load_checkpoint, open_ch
 from hybrid_policy.runtime.calibration import made_up_observations, read_observations
 from hybrid_policy.runtime.loading import progress_bar, require_pi05
 from hybrid_policy.runtime.quantized_checkpoint import quantised_sites
-from hybrid_policy.runtime.recipe import Recipe, write_recipe
+from hybrid_policy.runtime.recipe import Recipe, Rule, write_recipe
 from hybrid_policy.runtime.tuning import (
     ActionProbe,
     Choice,
@@ -36,9 +37,10 @@ from hybrid_policy.runtime.tuning import (
     Read,
     choose,
     groups_of,
+    rules_of,
     table_of,
 )
-from hybrid_policy.runtime.tuning_times import builds_on_gpu, rules_of, time_on_cpu, time_on_gpu
+from hybrid_policy.runtime.tuning_times import builds_on_gpu, time_on_cpu, time_on_gpu
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
             bar.step(f"action with {name} in {precision}")
         choice = choose(times, errors, args.bound, probe.error)
     table = table_of(groups, times, errors)
-    recipe = recipe_of(choice, table, times, args.out, device, args.bound)
+    rules = rules_of(groups, choice.precisions, str(args.out))
+    recipe = recipe_of(choice, rules, table, times, args.out, device, args.bound)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_recipe(args.out, recipe)
     if args.json:
@@ -133,10 +136,15 @@ def _probe(
 
 
 def recipe_of(
-    choice: Choice, table: list[Measured], times: list[PartTime], out: Path, device: torch.device, bound: float
+    choice: Choice,
+    rules: tuple[Rule, ...],
+    table: list[Measured],
+    times: list[PartTime],
+    out: Path,
+    device: torch.device,
+    bound: float,
 ) -> Recipe:
-    """The chosen precisions as an ordered list of patterns, with what they were chosen from."""
-    groups = list(dict.fromkeys(m.group for m in table))
+    """The recipe of the choice, with what it was chosen from."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU reference"
     measured = {
         "device": name,
@@ -160,7 +168,7 @@ def recipe_of(
     }
     return Recipe(
         name=out.stem,
-        rules=rules_of(groups, choice.precisions, str(out)),
+        rules=rules,
         description=f"Tuned on {name}: action error at most {bound}.",
         source=str(out),
         measured=measured,
@@ -170,11 +178,8 @@ def recipe_of(
 def fastest(times: Sequence[PartTime], count: int = 3) -> list[PartTime]:
     """The fastest combinations of each part."""
     parts = dict.fromkeys(time.part for time in times)
-    return [time for part in parts for time in sorted((t for t in times if t.part == part), key=_seconds)[:count]]
-
-
-def _seconds(time: PartTime) -> float:
-    return time.seconds
+    ordered = sorted(times, key=attrgetter("seconds"))
+    return [time for part in parts for time in [t for t in ordered if t.part == part][:count]]
 
 
 def _short(time: PartTime) -> dict[str, str]:

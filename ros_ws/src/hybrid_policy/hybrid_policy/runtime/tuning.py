@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hybrid_policy.errors import InputError
 from hybrid_policy.models.config import Pi05Config
 from hybrid_policy.models.pi05 import EXPERT, PREFIX, VISION
+from hybrid_policy.runtime.recipe import Rule
 from hybrid_policy.runtime.sites import ReferenceSite, pack_sites
 
 #: group's kind -> the leaves that one launch serves
@@ -100,6 +101,13 @@ def groups_of(config: Pi05Config, tokens: int) -> list[Group]:
         }
         found += [Group(part, kind, rows, shape, calls * gemma.depth, gemma.depth) for kind, shape in shapes.items()]
     return found
+
+
+def rules_of(groups: Sequence[Group], precisions: Mapping[str, str], source: str) -> tuple[Rule, ...]:
+    """The recipe rules of group name -> precision."""
+    changed = [group for group in groups if precisions[group.name] != "bf16"]
+    patterns = [Rule(pattern, precisions[group.name], source) for group in changed for pattern in group.patterns()]
+    return (Rule("*", "bf16", source), *patterns)
 
 
 @dataclass(frozen=True)

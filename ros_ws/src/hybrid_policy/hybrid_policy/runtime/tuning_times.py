@@ -13,12 +13,13 @@ from torch import Tensor
 from hybrid_policy.models.checkpoint import Checkpoint
 from hybrid_policy.models.pi05 import keeps_float32
 from hybrid_policy.models.processors import ModelInputs
-from hybrid_policy.runtime.cuda_backend import row_buckets
+from hybrid_policy.runtime.cuda_backend import bucket_of, row_buckets
 from hybrid_policy.runtime.loading import build_backend
-from hybrid_policy.runtime.recipe import Recipe, Rule
+from hybrid_policy.runtime.packer import Report
+from hybrid_policy.runtime.recipe import Recipe
 from hybrid_policy.runtime.rtc import RealTimeChunking
 from hybrid_policy.runtime.sites import Packed, ReferenceSite, model_sites, pack_sites
-from hybrid_policy.runtime.tuning import Group, PartTime, Read, combinations
+from hybrid_policy.runtime.tuning import Group, PartTime, Read, combinations, rules_of
 
 #: layers whose weights are timed in turn on a CPU, so that no weight stays in a cache
 _ROTATED = 6
@@ -26,16 +27,6 @@ _ROTATED = 6
 _WARM, _TIMED = 3, 30
 #: the engine's names of the parts
 _STAGES = {"vision": "vision", "prefix": "prefix", "expert": "denoise"}
-
-#: told after each step
-Report = Callable[[str], None]
-
-
-def rules_of(groups: Sequence[Group], precisions: Mapping[str, str], source: str) -> tuple[Rule, ...]:
-    """The recipe rules of group name -> precision."""
-    changed = [group for group in groups if precisions[group.name] != "bf16"]
-    patterns = [Rule(pattern, precisions[group.name], source) for group in changed for pattern in group.patterns()]
-    return (Rule("*", "bf16", source), *patterns)
 
 
 def time_on_cpu(groups: Sequence[Group], read: Read, report: Report) -> list[PartTime]:
@@ -109,8 +100,8 @@ class _Engines:
         self._checkpoint, self._groups, self._device = checkpoint, groups, device
         config = checkpoint.config
         views = len(config.cameras)
-        rows = row_buckets(views, config.image_tokens, config.max_token_len)
-        self._buckets = tuple(count for count in rows if count >= views * config.image_tokens + tokens)[:1]
+        buckets = row_buckets(views, config.image_tokens, config.max_token_len)
+        self._buckets = (bucket_of(buckets, views * config.image_tokens + tokens),)
         self._sites = model_sites(config)
         self._weights: dict[str, Tensor] = {}
         self._nvfp4: dict[str, Packed] = {}  # the search for its scales takes seconds

@@ -5,7 +5,7 @@ from hybrid_policy.errors import InputError
 from hybrid_policy.models.config import small_config
 from hybrid_policy.models.processors import ModelInputs
 from hybrid_policy.runtime.backend import Guidance
-from hybrid_policy.runtime.cuda_backend import row_buckets
+from hybrid_policy.runtime.cuda_backend import bucket_of, row_buckets
 from hybrid_policy.runtime.input_blob import InputBlob
 
 CONFIG = small_config(
@@ -100,3 +100,4 @@ def test_buckets_hold_every_prompt():
     assert row_buckets(2, 256, 200) == (560, 608, 656, 704, 712)
     assert row_buckets(1, 16, 24) == (40,)
     assert row_buckets(2, 256, 48) == (560,)
+    assert [bucket_of((560, 608, 712), rows) for rows in (1, 560, 561, 712)] == [560, 560, 608, 712]
